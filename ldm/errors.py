@@ -1,0 +1,73 @@
+"""One-line errors and their exit codes. Imports nothing heavy: errors must appear at once.
+
+Every failure that a user can meet is an `LdmError`; `ldm/cli.py` prints it as
+`error[CODE]: what; where; limit and actual; what to do next` and leaves with `exit_code`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
+
+OK = 0
+UNCLASSIFIED = 1
+REFUSED = 2
+BAD_SAMPLES = 3
+NON_FINITE = 4
+TEMPORARY = 75
+INTERRUPTED = 130
+TERMINATED = 143
+
+
+class LdmError(Exception):
+    """A failure with words for the user.
+
+    code: short upper-case name, e.g. "CONFIG".   what: what is wrong.   where: key, file or place.
+    limit: what was allowed and what came.   next: what to do now.   exit_code: see the table in docs/errors.md.
+    """
+
+    def __init__(
+        self, code: str, what: str, *, where: str = "", limit: str = "", next: str = "", exit_code: int = REFUSED
+    ) -> None:
+        self.code, self.what, self.where, self.limit, self.next = code, what, where, limit, next
+        self.exit_code = exit_code
+        super().__init__(self.line())
+
+    def __reduce__(self):  # crosses process borders: keyword-only arguments need a hand
+        return _rebuild, (self.code, self.what, self.where, self.limit, self.next, self.exit_code)
+
+    def line(self) -> str:
+        parts = (self.what, self.where, self.limit, self.next)
+        return f"error[{self.code}]: " + "; ".join(_one_line(part) for part in parts if part)
+
+
+def _rebuild(code: str, what: str, where: str, limit: str, next: str, exit_code: int) -> LdmError:
+    return LdmError(code, what, where=where, limit=limit, next=next, exit_code=exit_code)
+
+
+def _one_line(text: str) -> str:
+    """Control characters escaped, so that a caption or a path can never fake a second line."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in str(text))
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """"did you mean 'x'" for a typo, or the list of what exists when nothing is near."""
+    names = sorted(str(k) for k in known)
+    close = get_close_matches(str(name), names, n=2, cutoff=0.55)
+    if close:
+        return "did you mean " + " or ".join(repr(c) for c in close) + "?"
+    shown = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
+    return f"known: {shown or 'none'}"
+
+
+def check(condition: bool, code: str, what: str, **words: str) -> None:
+    """Raise `LdmError` unless `condition` holds: for checks at the border (config, file, user's tensor)."""
+    if not condition:
+        raise LdmError(code, what, **words)  # type: ignore[arg-type]
+
+
+def pick(table: Mapping[str, object], name: str, *, kind: str, where: str = "") -> object:
+    """`table[name]`, or an error that names the nearest entry."""
+    if name not in table:
+        raise LdmError("CONFIG", f"unknown {kind} {name!r}", where=where, next=nearest(name, table))
+    return table[name]
