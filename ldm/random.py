@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from enum import IntEnum
 
 import torch
@@ -124,3 +125,36 @@ def seed_modules(key: int, train_step: int, micro_batch: int, rank: int) -> None
     """Re-seed the global generators, which module dropout draws from, as a function of the position alone."""
     index = (train_step << 24) | (micro_batch << 16) | rank
     torch.manual_seed(int(fold(key, Purpose.MODULE, index)))
+
+
+@dataclass(frozen=True)
+class Draws:
+    """The draws of some samples: `key` stands for the run, `index` [B] int64 says which samples.
+
+    Training hands its slots (global sample numbers), validation the position in the set, sampling the seeds.
+    """
+
+    key: int
+    index: Tensor
+
+    def keys(self, purpose: Purpose) -> Tensor:
+        return fold(self.key, purpose, self.index)
+
+    def uniform(self, purpose: Purpose, shape: Sequence[int] = ()) -> Tensor:
+        """[B, *shape] in [0, 1), float32."""
+        return uniform(self.keys(purpose), shape)
+
+    def normal(self, purpose: Purpose, shape: Sequence[int] = ()) -> Tensor:
+        """[B, *shape] standard normal, float32."""
+        return normal(self.keys(purpose), shape)
+
+    def low_discrepancy(self, purpose: Purpose) -> Tensor:
+        """[B] in [0, 1), uniform over the run and evenly spread over any run of consecutive indices.
+
+        The golden-ratio Weyl sequence in 32-bit integers, shifted by one draw of the run: it depends on the
+        sample's own index alone, so any cut of the batch gives the same values.
+        """
+        shift = bits(fold(self.key, purpose, torch.zeros(1, dtype=torch.int64, device=self.index.device)), 1)[0, 0]
+        low, high = self.index & 0xFFFF, (self.index >> 16) & 0xFFFF
+        word = (low * _W0 + ((high * _W0) << 16) + shift) & MASK
+        return (word >> 8).to(torch.float32) * 2.0**-24

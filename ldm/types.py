@@ -107,6 +107,23 @@ class Conditioning(_Moves):
 
         return Conditioning(**{f.name: join(f.name) for f in fields(self)})
 
+    def repeat(self, count: int) -> Conditioning:
+        """`count` copies of a conditioning of one row."""
+        return self._replace(lambda v: _map(v, lambda x: x.expand(count, *x.shape[1:])))
+
+    def padded(self, length: int) -> Conditioning:
+        """Tokens filled up to `length` with zeros that the mask hides. Needs a mask."""
+        if self.tokens is None or self.tokens.shape[1] == length:
+            return self
+        if self.mask is None:
+            raise ValueError("tokens without a mask cannot be padded")
+        extra = length - self.tokens.shape[1]
+        return replace(
+            self,
+            tokens=torch.nn.functional.pad(self.tokens, (0, 0, 0, extra)),
+            mask=torch.nn.functional.pad(self.mask, (0, extra), value=False),
+        )
+
 
 @dataclass(frozen=True)
 class Level:

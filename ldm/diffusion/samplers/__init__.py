@@ -1,0 +1,1 @@
+"""Samplers: small pure functions `(denoise, x, levels, *, noise, on_step, ...) -> x`, one file each."""

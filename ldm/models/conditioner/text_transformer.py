@@ -1,0 +1,80 @@
+"""The small text transformer that is trained along with the denoiser, as the latent-diffusion paper did."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ldm.models.conditioner.tokenizer import VOCAB_SIZE, Tokenizer
+from ldm.models.layers.attention import Attention
+from ldm.types import Conditioning
+
+
+class TextTransformer(nn.Module):
+    """Captions to `Conditioning`: tokens [B, L, width], mask [B, L], vector [B, width] (mean over the mask).
+
+    width, depth, num_heads: size of the transformer; it reads in both directions.
+    embedding_size: width of the token table, projected to `width` where they differ. The table is the largest part
+        of a small model, and a dense optimizer visits all of it in every step: 32 instead of 128 columns made a
+        training step of the demo faster at equal accuracy (docs/performance.md).
+    length: token ids, start and end included.   pad_id: see `Tokenizer`.
+    trim: cut the batch to its longest caption, rounded up to a multiple of 8. The mask hides padding anyway, so the
+        result is the same to rounding; switch it off where static shapes matter (torch.compile).
+    Source: Rombach et al. 2022, arXiv:2112.10752, appendix E.2.1.
+    """
+
+    def __init__(
+        self,
+        width: int = 128,
+        depth: int = 2,
+        num_heads: int = 4,
+        embedding_size: int = 32,
+        length: int = 77,
+        pad_id: int = 49407,
+        trim: bool = True,
+    ) -> None:
+        super().__init__()
+        self.tokenizer = Tokenizer(length, pad_id)
+        self.width, self.trim = width, trim
+        self.provides = frozenset(["tokens", "mask", "vector"])
+        self.token_embedding = nn.Embedding(VOCAB_SIZE, embedding_size)
+        self.embedding_proj = nn.Linear(embedding_size, width) if embedding_size != width else nn.Identity()
+        self.position_embedding = nn.Parameter(torch.empty(length, width))
+        self.blocks = nn.ModuleList(_TextBlock(width, num_heads) for _ in range(depth))
+        self.final_norm = nn.LayerNorm(width)
+        nn.init.normal_(self.token_embedding.weight, std=0.02 * (width / embedding_size) ** 0.5)
+        nn.init.normal_(self.position_embedding, std=0.01)
+
+    def forward(self, captions: list[str]) -> Conditioning:
+        rows = self.tokenizer(captions)
+        length = self.tokenizer.length
+        if self.trim:
+            length = min(length, -(-max(map(len, rows)) // 8) * 8)
+        ids = torch.tensor([row + [self.tokenizer.pad_id] * (length - len(row)) for row in rows])
+        counts = torch.tensor([len(row) for row in rows])
+        device = self.position_embedding.device
+        return self.encode(ids.to(device, non_blocking=True), counts.to(device, non_blocking=True))
+
+    def encode(self, ids: Tensor, counts: Tensor) -> Conditioning:
+        """ids: [B, L] token ids; counts: [B] ids that matter, end token included."""
+        mask = torch.arange(ids.shape[1], device=ids.device) < counts[:, None]
+        h = self.embedding_proj(self.token_embedding(ids)) + self.position_embedding[: ids.shape[1]]
+        for block in self.blocks:
+            h = block(h, mask)
+        h = self.final_norm(h)
+        weight = mask.to(h.dtype)[..., None]
+        vector = (h * weight).sum(1) / weight.sum(1)
+        return Conditioning(tokens=h, mask=mask, vector=vector)
+
+
+class _TextBlock(nn.Module):
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width)
+        self.attn = Attention(width, num_heads, bias=True)
+        self.norm2 = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x), mask=mask)
+        return x + self.mlp(self.norm2(x))
