@@ -6,7 +6,7 @@ Every failure that a user can meet is an `LdmError`; `ldm/cli.py` prints it as
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 
 OK = 0
@@ -43,6 +43,28 @@ class LdmError(Exception):
 
 def _rebuild(code: str, what: str, where: str, limit: str, next: str, exit_code: int) -> LdmError:
     return LdmError(code, what, where=where, limit=limit, next=next, exit_code=exit_code)
+
+
+class LdmErrors(LdmError):
+    """Several failures of one kind of check, reported together: one line each."""
+
+    def __init__(self, errors: Sequence[LdmError]) -> None:
+        self.errors = tuple(errors)
+        first = errors[0]
+        words = {"where": first.where, "limit": first.limit, "next": first.next}
+        super().__init__(first.code, first.what, **words, exit_code=first.exit_code)
+
+    def __reduce__(self):
+        return LdmErrors, (self.errors,)
+
+    def line(self) -> str:
+        return "\n".join(error.line() for error in self.errors)
+
+
+def raise_all(errors: Sequence[LdmError]) -> None:
+    """Raise what was found: nothing, the one error, or all of them together."""
+    if errors:
+        raise errors[0] if len(errors) == 1 else LdmErrors(errors)
 
 
 def _one_line(text: str) -> str:

@@ -144,9 +144,7 @@ def load_weights(module: nn.Module, tensors: Mapping[str, Tensor], where: Path, 
     ]
     if missing or unexpected or shapes:
         detail = (
-            [f"missing {missing[0]}"] * bool(missing)
-            + [f"unexpected {unexpected[0]}"] * bool(unexpected)
-            + shapes[:1]
+            [f"missing {missing[0]}"] * bool(missing) + [f"unexpected {unexpected[0]}"] * bool(unexpected) + shapes[:1]
         )
         raise LdmError(
             "SHAPE",

@@ -1,0 +1,52 @@
+"""`python -m ldm VERB [arguments]`: everything that is neither training nor sampling."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+
+from ldm import __version__
+from ldm.cli import handled
+from ldm.errors import LdmError, nearest
+
+
+def doctor(argv: Sequence[str]) -> int:
+    """What is installed, what the machine has, and whether the configuration and its data can be read."""
+    from ldm.tools.doctor import main
+
+    return main(argv)
+
+
+VERBS: dict[str, Callable[[Sequence[str]], int]] = {"doctor": doctor}
+
+
+def usage() -> str:
+    verbs = [f"  {name:<24}{verb.__doc__}" for name, verb in VERBS.items()]
+    return "\n".join(
+        [
+            f"ldm {__version__}",
+            "usage: python -m ldm VERB [key=value ...]",
+            "",
+            *verbs,
+            "",
+            "training: python train.py --help",
+        ]
+    )
+
+
+def main() -> None:
+    argv = sys.argv[1:]
+
+    def action() -> int:
+        if not argv or argv[0] in ("-h", "--help"):
+            print(usage())
+            return 0
+        if argv[0] not in VERBS:
+            raise LdmError("CONFIG", f"unknown verb {argv[0]!r}", next=nearest(argv[0], VERBS))
+        return VERBS[argv[0]](argv[1:])
+
+    sys.exit(handled(action, argv=argv))
+
+
+if __name__ == "__main__":
+    main()

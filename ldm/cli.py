@@ -1,0 +1,175 @@
+"""From the words of a command line to a checked configuration, and from any failure to one line and an exit code.
+
+`run` is what the entry points call. `compose` uses Hydra's compose API, because Hydra's own entry point constructs
+what a file names and prints its own errors before ours can. Nothing heavy is imported: help and configuration
+errors do not wait for torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import re
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NoReturn
+
+from ldm.config import CONFIGS, compose, key_of, sweep_axes, trusted_targets
+from ldm.errors import INTERRUPTED, REFUSED, UNCLASSIFIED, LdmError, nearest
+from ldm.validate import validate
+
+Main = Callable[[dict[str, Any], tuple[str, ...]], int | None]
+"""(configuration, trusted packages) -> exit code; None is 0."""
+
+
+def run(main: Main, config_name: str, argv: Sequence[str] | None = None, *, config_dir: Path = CONFIGS) -> NoReturn:
+    """Compose, validate, call `main(cfg, trusted)` and leave with its exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    cfg: dict[str, Any] = {}
+
+    def action() -> int | None:
+        options, words = _options(argv)
+        if options.help:
+            print(usage(config_name, main.__doc__ or "", config_dir))
+            return 0
+        if options.multirun:
+            return _multirun(config_name, words, config_dir)
+        cfg.update(compose(config_name, words, config_dir=config_dir))
+        if options.cfg:
+            print(_as_yaml(cfg))
+            return 0
+        validate(cfg)
+        return main(cfg, trusted_targets(words))
+
+    sys.exit(handled(action, argv=argv, folder=lambda: run_folder(cfg)))
+
+
+def run_folder(cfg: Mapping[str, Any]) -> Path | None:
+    """Where the run of this configuration lives: `output_dir`/`name`."""
+    return Path(cfg.get("output_dir") or "runs") / str(cfg["name"]) if cfg.get("name") else None
+
+
+def handled(
+    action: Callable[[], int | None], *, argv: Sequence[str] = (), folder: Callable[[], Path | None] = lambda: None
+) -> int:
+    """The exit code of `action`; every failure prints one line (per problem) on stderr.
+
+    The traceback goes to `errors/rank<k>.txt` of the run folder if that exists, to the terminal with traceback=true.
+    """
+    try:
+        return int(action() or 0)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return INTERRUPTED
+    except LdmError as error:
+        failure = error
+    except Exception as error:  # the only one in the package: here errors become exit codes
+        failure = recognise(f"{type(error).__name__}: {error}") or _unclassified(error)
+        failure.__cause__ = error
+    text = "".join(traceback.format_exception(failure.__cause__ or failure))
+    home = folder()
+    if failure.exit_code != REFUSED and home and home.is_dir():
+        with suppress(OSError):  # a full disk must not hide the line below
+            (home / "errors").mkdir(exist_ok=True)
+            (home / "errors" / f"rank{os.environ.get('RANK', '0')}.txt").write_text(text)
+    if "traceback=true" in (word.lower() for word in argv):
+        print(text, file=sys.stderr)
+    print(failure.line(), file=sys.stderr, flush=True)
+    return failure.exit_code
+
+
+def _options(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The options, and the `key=value` words in their order."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("-h", "--help", action="store_true")
+    parser.add_argument("-m", "--multirun", action="store_true")
+    parser.add_argument("--cfg", choices=["job"])
+    try:
+        options, words = parser.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise LdmError("CONFIG", str(error), next="--help shows the options") from error
+    for word in words:
+        if word.startswith("-"):
+            raise LdmError("CONFIG", f"unknown option {word!r}", next=nearest(word, ("--help", "--multirun", "--cfg")))
+    return options, words
+
+
+def _unclassified(error: Exception) -> LdmError:
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [f for f in frames if Path(f.filename).is_relative_to(CONFIGS.parent)] or frames
+    where = f"{Path(ours[-1].filename).name}:{ours[-1].lineno}" if ours else ""
+    hint = "read errors/rank0.txt or rerun with traceback=true"
+    what = f"{type(error).__name__}: {error}"
+    return LdmError("UNCLASSIFIED", what, where=where, next=hint, exit_code=UNCLASSIFIED)
+
+
+_KNOWN_FAILURES = (  # what the text says, code, what it means, what to do
+    (
+        r"torchvision::nms|_extension.*torchvision|compiled with different CUDA",
+        "INSTALL",
+        "torch and torchvision come from different builds",
+        "pip install --force-reinstall torch torchvision -c constraints.txt; python -m ldm doctor shows both",
+    ),
+    (
+        r"OutOfMemoryError|CUDA out of memory",
+        "MEMORY",
+        "the device has not enough memory",
+        "raise stage.<name>.accumulate, or lower stage.<name>.batch_size or data.image_size",
+    ),
+    (r"No module named '(?!ldm)([\w.]+)'", "INSTALL", r"the package '\1' is missing", 'pip install -e ".[dev]"'),
+)
+
+
+def recognise(text: str) -> LdmError | None:
+    """The words for a failure of other software that users meet, or None."""
+    for pattern, code, what, hint in _KNOWN_FAILURES:
+        if match := re.search(pattern, text):
+            exit_code = REFUSED if code == "INSTALL" else UNCLASSIFIED
+            return LdmError(code, match.expand(what), next=hint, exit_code=exit_code)
+    return None
+
+
+def usage(config_name: str, purpose: str, config_dir: Path = CONFIGS) -> str:
+    """The text of --help, read off the files of `config_dir`."""
+    groups: dict[str, list[str]] = {}
+    for path in sorted(config_dir.rglob("*.yaml")):
+        if path.parent != config_dir:
+            groups.setdefault(path.parent.relative_to(config_dir).as_posix(), []).append(path.stem)
+    names = groups.pop("experiment", [])
+    experiments = [f"  {n:<24}{_headline(config_dir / 'experiment' / f'{n}.yaml')}" for n in names]
+    lines = [f"usage: python {config_name}.py [experiment=NAME] [group=OPTION ...] [key=value ...]", ""]
+    lines += [purpose.strip().split("\n")[0], "", "experiments", *experiments, "", "groups and their options"]
+    lines += [f"  {group:<24}{', '.join(options)}" for group, options in groups.items()]
+    lines += ["", "options", "  --cfg job               print the composed configuration and leave"]
+    lines += ["  -m, --multirun          one run after another for every combination of key=1,2"]
+    lines += ["  traceback=true          show tracebacks on the terminal", "", "exit codes: docs/errors.md"]
+    return "\n".join(lines)
+
+
+def _headline(path: Path) -> str:
+    comments = (line.lstrip("# ").rstrip() for line in path.read_text().splitlines() if line.startswith("#"))
+    return next((c for c in comments if c and not c.startswith("@package")), "")
+
+
+def _multirun(config_name: str, words: Sequence[str], config_dir: Path) -> int:
+    """Run every combination of `key=1,2` in a process of its own; the first failure's exit code, else 0."""
+    combinations = list(itertools.product(*sweep_axes(words)))
+    codes = []
+    for number, combination in enumerate(combinations, 1):
+        base = compose(config_name, combination, config_dir=config_dir).get("name")
+        named = not base or any(key_of(word) == "name" for word in combination)
+        command = [*combination] if named else [*combination, f"name={base}-{number}"]  # one folder for each
+        print(f"[{number}/{len(combinations)}]", *command, flush=True)
+        codes.append(subprocess.run([sys.executable, sys.argv[0], *command]).returncode)
+    return next((code for code in codes if code), 0)
+
+
+def _as_yaml(cfg: Mapping[str, Any]) -> str:
+    import yaml
+
+    return yaml.safe_dump(dict(cfg), sort_keys=False, allow_unicode=True).rstrip()

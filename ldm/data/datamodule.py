@@ -1,0 +1,279 @@
+"""The LightningDataModule around the pipeline: settings of the `data` group in, streams of batches out."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+from PIL import ImageColor
+from torch import Tensor
+
+from ldm.data import paths
+from ldm.data.bad_samples import Bad, BadSamples, budget_error
+from ldm.data.loader import Stream
+from ldm.data.order import Order, check_cut
+from ldm.data.pipeline import PassPlan, Plan, TrainPlan, stages
+from ldm.data.shards import BAD_KINDS, Dataset, open_dataset
+from ldm.data.transforms import Transform
+from ldm.errors import LdmError
+from ldm.random import run_key
+
+Moments = tuple[Tensor, Tensor]
+"""[N, 2C, h, w] by sample id, and [N] bool: whether the sample could be encoded."""
+
+
+class DataModule(pl.LightningDataModule):
+    """Captioned pictures from shards or a folder.
+
+    path, val_path: see `ldm.data.shards.open_dataset`. Without val_path, validation uses the folder's `val-*.tar`,
+    else the share `val_fraction` of the samples by the hash of their keys; at most `max_val_samples`.
+    image_size, crop, flip_prob, upscale, background: see `ldm.data.transforms.Transform`.
+    lanes, window_mb, remainder: see `ldm.data.order.Order`.
+    max_bad_fraction, max_consecutive_bad, strict: the budget, see `ldm.data.bad_samples.BadSamples`.
+    on_missing_caption: "skip", "empty" or "error".   on_truncated: "refuse" or "use".
+    caption_prefix, caption_suffix: text around every caption.   index_dir: where indexes are kept.
+    """
+
+    def __init__(
+        self,
+        path: str | Sequence[str],
+        val_path: str | Sequence[str] | None = None,
+        image_size: int = 64,
+        crop: str = "center",
+        flip_prob: float = 0.0,
+        upscale: bool = True,
+        background: str = "white",
+        lanes: int | None = None,
+        window_mb: float = 256,
+        remainder: str = "carry",
+        max_bad_fraction: float = 0.01,
+        max_consecutive_bad: int = 1000,
+        strict: bool = False,
+        on_missing_caption: str = "skip",
+        on_truncated: str = "refuse",
+        caption_prefix: str = "",
+        caption_suffix: str = "",
+        val_fraction: float = 0.0,
+        max_val_samples: int = 512,
+        index_dir: str | None = None,
+    ) -> None:
+        super().__init__()
+        if not 0 <= val_fraction < 1:
+            raise LdmError("CONFIG", f"val_fraction={val_fraction}", where="data.val_fraction", limit="0 <= it < 1")
+        self.path, self.val_path = path, val_path
+        self.transform = Transform(image_size, crop, flip_prob, upscale, _colour(background))
+        self.lanes, self.window_mb, self.remainder = lanes, window_mb, remainder
+        self.max_bad_fraction, self.max_consecutive_bad, self.strict = max_bad_fraction, max_consecutive_bad, strict
+        self.caption_prefix, self.caption_suffix = caption_prefix, caption_suffix
+        self.val_fraction, self.max_val_samples = val_fraction, max_val_samples
+        self._opening = {"index_dir": index_dir, "on_missing_caption": on_missing_caption, "on_truncated": on_truncated}
+        self._sets: dict[str, Dataset | None] = {}
+        self._moments: dict[str, Moments] = {}
+        self._run: dict[str, Any] = {}
+
+    # ---- what there is -----------------------------------------------------------------------------------------
+
+    def open(self) -> DataModule:
+        """Index both splits, once. Raises LdmError if shards cannot be used or too many samples are bad."""
+        if not self._sets:
+            train, val = self._open_splits()
+            self._check_budget(train)
+            self._sets = {"train": train, "val": val}
+        return self
+
+    def _open_splits(self) -> tuple[Dataset, Dataset | None]:
+        train = open_dataset(self.path, split="train", **self._opening)
+        own = {} if self.val_path is None else {"where": "data.val_path"}
+        source = self.path if self.val_path is None else self.val_path
+        if self.val_path is not None or paths.has_val_shards(source):
+            split = "val" if paths.has_val_shards(source) else None
+            val = open_dataset(source, split=split, **own, **self._opening)
+        elif self.val_fraction:
+            chosen = _hash_of(train.keys) < self.val_fraction
+            if not chosen.any() or chosen.all():
+                return train, None
+            train, val = train.take(np.flatnonzero(~chosen)), train.take(np.flatnonzero(chosen))
+        else:
+            return train, None
+        first = np.sort(np.argsort(_hash_of(val.keys), kind="stable")[: self.max_val_samples])
+        return train, val.take(first)
+
+    def _check_budget(self, dataset: Dataset) -> None:
+        """The index leaves bad samples out before training; they count all the same, but for missing captions."""
+        bad = {k: n for k, n in dataset.problems.items() if k in BAD_KINDS and k != "caption_missing"}
+        share = sum(bad.values()) / (dataset.num_samples + sum(bad.values()))
+        limit = 0.0 if self.strict else self.max_bad_fraction
+        if share > limit:
+            reasons = Counter((p.kind, p.shard) for p in dataset.examples if p.kind in bad)
+            what = (
+                f"{100 * share:.1f} % bad samples, for example {next(p.key for p in dataset.examples if p.kind in bad)}"
+            )
+            raise budget_error(what, f"limit {100 * limit:.1f} %", reasons, None, "data.max_bad_fraction")
+
+    def dataset(self, split: str) -> Dataset:
+        """Split "train" or "val". Raises LdmError where there is no validation data."""
+        found = self.open()._sets[split]
+        if found is None:
+            raise LdmError(
+                "DATA", "there is no validation data", where="data", next="set data.val_path or val_fraction"
+            )
+        return found
+
+    @property
+    def num_train(self) -> int:
+        return self.dataset("train").num_samples
+
+    @property
+    def num_val(self) -> int:
+        val = self.open()._sets["val"]
+        return val.num_samples if val is not None else 0
+
+    @property
+    def manifest(self) -> list[tuple[str, str]]:
+        """(name, sha256) of every shard of both splits."""
+        return [row for found in self.open()._sets.values() if found is not None for row in found.manifest]
+
+    @property
+    def manifest_hash(self) -> str:
+        return hashlib.sha256(repr(self.manifest).encode()).hexdigest()
+
+    @property
+    def order_fingerprint(self) -> dict[str, Any]:
+        """All that the order of samples depends on, apart from seed and batch size."""
+        lanes = self._run["order"].lanes if self._run else self.lanes
+        return {
+            "lanes": lanes,
+            "window_mb": self.window_mb,
+            "remainder": self.remainder,
+            "num_train": self.num_train,
+            "manifest": self.manifest_hash,
+        }
+
+    # ---- streams -----------------------------------------------------------------------------------------------
+
+    def configure(
+        self,
+        *,
+        seed: int,
+        batch_size: int,
+        accumulate: int = 1,
+        rank: int = 0,
+        world_size: int = 1,
+        start_step: int = 0,
+        num_workers: int = 0,
+        timeout_s: float = 300,
+        pin_memory: bool = False,
+        bad_samples_file: str | Path | None = None,
+    ) -> DataModule:
+        """Fix this process's part of the run. batch_size: global, per optimizer step."""
+        check_cut(batch_size, world_size, accumulate)
+        train = self.dataset("train")
+        order = Order(
+            train.shard_lengths,
+            train.sizes,
+            seed=seed,
+            batch_size=batch_size,
+            lanes=self.lanes,
+            window_mb=self.window_mb,
+            remainder=self.remainder,
+        )
+        self.ledger = BadSamples(
+            max_fraction=self.max_bad_fraction,
+            max_consecutive=self.max_consecutive_bad,
+            num_samples=train.num_samples,
+            world_size=world_size,
+            file=bad_samples_file,
+            strict=self.strict,
+        )
+        for problem in train.examples:
+            self.ledger.write(Bad(-1, *problem))
+        self._run = {
+            "order": order,
+            "plan": TrainPlan(order, rank, world_size, accumulate),
+            "start": start_step * accumulate,
+            "key": run_key(seed),
+            "ranks": {"rank": rank, "world_size": world_size},
+            "loading": {"num_workers": num_workers, "timeout_s": timeout_s, "pin_memory": pin_memory},
+        }
+        return self
+
+    def use_moments(self, train: Moments, val: Moments | None = None) -> None:
+        """Stream encoded pictures instead of pixels: the streams then read captions only."""
+        self._moments = {"train": train} if val is None else {"train": train, "val": val}
+        for split, (moments, usable) in self._moments.items():
+            expected = self.dataset(split).num_samples
+            if len(moments) != expected or len(usable) != expected:
+                raise ValueError(f"{len(moments)} moments for {expected} samples of {split}")
+
+    def train_dataloader(self) -> Stream:
+        """Endless, from the configured step on, under the budget."""
+        run = self._configured()
+        transform = Transform(**{**vars(self.transform), "key": run["key"]})
+        return self._stream("train", run["plan"], transform, start=run["start"], ledger=self.ledger)
+
+    def val_dataloader(self, batch_size: int = 16) -> Stream | list[Any]:
+        """Every validation sample once, in order, `batch_size` per rank; equally many batches on every rank.
+
+        Padding and bad samples are not valid. Without validation data: an empty list.
+        """
+        if not self.num_val:
+            return []
+        plan = PassPlan(self.num_val, batch_size, **self._configured()["ranks"], pad=True)
+        return self._stream("val", plan, self.transform.without_chance())
+
+    def encode_dataloader(self, split: str, batch_size: int, *, sharded: bool = False) -> Stream:
+        """Every picture of a split once in id order, without augmentation; what cannot be decoded is not valid.
+
+        sharded: rank r takes r, r + R, ...; the last batch may be short.
+        """
+        ranks = self._configured()["ranks"] if sharded else {}
+        plan = PassPlan(self.dataset(split).num_samples, batch_size, **ranks)
+        return self._stream(split, plan, self.transform.without_chance(), use_moments=False)
+
+    def _stream(
+        self,
+        split: str,
+        plan: Plan,
+        transform: Transform,
+        *,
+        start: int = 0,
+        ledger: BadSamples | None = None,
+        use_moments: bool = True,
+    ) -> Stream:
+        moments, usable = self._moments.get(split, (None, None)) if use_moments else (None, None)
+        pipeline = stages(
+            self.dataset(split),
+            plan,
+            transform,
+            start=start,
+            max_attempts=0 if self.strict else self.max_consecutive_bad,
+            prefix=self.caption_prefix,
+            suffix=self.caption_suffix,
+            moments=moments,
+            usable=usable,
+        )
+        return Stream(pipeline, ledger=ledger, **self._configured()["loading"])
+
+    def _configured(self) -> dict[str, Any]:
+        if not self._run:
+            raise RuntimeError("call configure() before asking for a stream")
+        return self._run
+
+
+def _hash_of(keys: list[str]) -> np.ndarray:
+    """[N] in [0, 1), a pure function of each key."""
+    digests = (hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()[:8] for key in keys)
+    return np.array([int.from_bytes(digest, "big") / 2**64 for digest in digests])
+
+
+def _colour(name: str) -> tuple[int, int, int]:
+    try:
+        red, green, blue = ImageColor.getrgb(name)[:3]
+    except ValueError as error:
+        raise LdmError("CONFIG", f"unknown colour {name!r}", where="data.background", next="white, #rrggbb") from error
+    return red, green, blue

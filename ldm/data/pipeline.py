@@ -1,0 +1,269 @@
+"""The list of stages from shards to batches: the one file to read.
+
+    Source   slots of a plan -> keys and raw bytes, read by offset; resumes at any micro-batch
+    Decode   raw bytes -> pixels and caption; a bad sample keeps its slot and is replaced from the same lane
+    Batches  examples -> `Batch`, with the reports of what was bad
+
+Every stage turns an iterator into an iterator, one sample in and one out, and webdataset's `DataPipeline` folds them.
+Worker w of K takes the micro-batches start + w, start + w + K, ...; the loader collects its workers in turn, so the
+order is the same for every K. The consumer compares the slots of each batch with the plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import count, islice
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import get_worker_info
+
+from ldm.data.bad_samples import Bad
+from ldm.data.captions import with_affixes
+from ldm.data.decode import BadSample, decode_caption, decode_image
+from ldm.data.order import Ids, Order, cut
+from ldm.data.shards import Dataset
+from ldm.data.transforms import Transform, to_images
+from ldm.types import Batch
+
+Raw = dict[str, Any]
+"""A sample in webdataset's form: `__key__`, `__url__`, fields as bytes, and what the later stages need."""
+
+
+class Plan(Protocol):
+    """Which samples make up micro-batch j. `num_batches` is None for an endless plan."""
+
+    num_batches: int | None
+
+    def slots(self, j: int) -> Ids: ...
+
+    def ids(self, j: int) -> Ids: ...
+
+    def valid(self, j: int) -> NDArray[np.bool_]: ...
+
+    def reserve(self, slot: int, attempt: int) -> int | None:
+        """Another sample for the slot, or None where samples are not replaced."""
+        ...
+
+
+@dataclass(frozen=True)
+class TrainPlan:
+    """Endless: micro-batch j of a rank is micro-batch j mod A of step j div A."""
+
+    order: Order
+    rank: int = 0
+    world_size: int = 1
+    accumulate: int = 1
+    num_batches: None = None
+
+    def slots(self, j: int) -> Ids:
+        step, micro = divmod(j, self.accumulate)
+        size = self.order.batch_size
+        return cut(np.arange(step * size, (step + 1) * size), self.rank, self.world_size, self.accumulate, micro)
+
+    def ids(self, j: int) -> Ids:
+        step, micro = divmod(j, self.accumulate)
+        return cut(self.order.ids(step), self.rank, self.world_size, self.accumulate, micro)
+
+    def valid(self, j: int) -> NDArray[np.bool_]:
+        return np.ones(len(self.slots(j)), dtype=bool)
+
+    def reserve(self, slot: int, attempt: int) -> int:
+        return self.order.reserve(slot, attempt)
+
+
+@dataclass(frozen=True)
+class PassPlan:
+    """Every sample once in id order; the slot is the sample's id. Rank r takes r, r + R, r + 2R, ...
+
+    pad: fill up to full batches, equally many on every rank, with samples that are not valid.
+    """
+
+    num_samples: int
+    batch_size: int
+    rank: int = 0
+    world_size: int = 1
+    pad: bool = False
+
+    @property
+    def num_batches(self) -> int:
+        return -(-self._per_rank // self.batch_size)
+
+    @property
+    def _per_rank(self) -> int:
+        first = 0 if self.pad else self.rank
+        return max(0, -(-(self.num_samples - first) // self.world_size))
+
+    def slots(self, j: int) -> Ids:
+        end = (j + 1) * self.batch_size if self.pad else min((j + 1) * self.batch_size, self._per_rank)
+        return np.arange(j * self.batch_size, end) * self.world_size + self.rank
+
+    def ids(self, j: int) -> Ids:
+        return np.minimum(self.slots(j), self.num_samples - 1)
+
+    def valid(self, j: int) -> NDArray[np.bool_]:
+        return self.slots(j) < self.num_samples
+
+    def reserve(self, slot: int, attempt: int) -> None:
+        return None
+
+
+@dataclass(frozen=True)
+class Source:
+    """First stage: raw samples of the plan's micro-batches, from `start` on, those of this worker."""
+
+    dataset: Dataset
+    plan: Plan
+    transform: Transform
+    fields: tuple[str, ...] = ("image", "txt")
+    start: int = 0
+
+    def __call__(self) -> Iterator[Raw]:
+        worker = get_worker_info()
+        first, stride = (worker.id, worker.num_workers) if worker else (0, 1)
+        end = self.plan.num_batches
+        for j in count(self.start + first, stride) if end is None else range(self.start + first, end, stride):
+            slots, ids, valid = self.plan.slots(j), self.plan.ids(j), self.plan.valid(j)
+            draws = self.transform.draws(torch.from_numpy(slots))
+            for row in range(len(slots)):
+                place = {"__slot__": int(slots[row]), "__draw__": draws[row], "__rows__": len(slots)}
+                yield {**self.read(int(ids[row]), skip=not valid[row]), **place}
+
+    def read(self, sample_id: int, *, skip: bool = False) -> Raw:
+        """Key and bytes of a sample; a failure to read travels as `__bad__`, so that the slot is not lost."""
+        raw: Raw = {
+            "__key__": self.dataset.keys[sample_id],
+            "__url__": self.dataset.shard_name(sample_id),
+            "__id__": sample_id,
+            "__valid__": not skip,
+        }
+        if skip:
+            return raw
+        try:
+            return {**raw, **self.dataset.read(sample_id, self.fields)}
+        except BadSample as bad:
+            return {**raw, "__bad__": bad}
+
+
+@dataclass(frozen=True)
+class Example:
+    """A slot filled. pixels: [H, W, 3] uint8, or None with moments.   bad: the attempts that failed before."""
+
+    slot: int
+    sample_id: int
+    key: str
+    pixels: NDArray[np.uint8] | None
+    caption: str
+    valid: bool
+    rows: int
+    bad: list[Bad] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Decode:
+    """Second stage: bytes to pixels and caption; what is bad is replaced, up to `max_attempts` times.
+
+    usable: [N] bool, for streams of moments: whether the sample's picture could be encoded; then no picture is read.
+    """
+
+    source: Source
+    max_attempts: int = 1000
+    prefix: str = ""
+    suffix: str = ""
+    usable: Tensor | None = None
+
+    def __call__(self, samples: Iterable[Raw]) -> Iterator[Example]:
+        for raw in samples:
+            yield self.fill(raw)
+
+    def fill(self, raw: Raw) -> Example:
+        """An example for the slot of `raw`: the sample itself, its first good replacement, or one that is not valid."""
+        bad: list[Bad] = []
+        slot, candidate = raw["__slot__"], raw
+        while candidate["__valid__"]:
+            try:
+                return self.decode(candidate, raw, bad)
+            except BadSample as error:
+                bad.append(Bad(slot, error.kind, candidate["__url__"], candidate["__key__"], error.reason))
+            spare = self.source.plan.reserve(slot, len(bad) - 1) if len(bad) <= self.max_attempts else None
+            if spare is None:
+                break
+            candidate = self.source.read(spare)
+        size = self.source.transform.image_size
+        blank = np.zeros((size, size, 3), dtype=np.uint8) if self.usable is None else None
+        return Example(slot, raw["__id__"], raw["__key__"], blank, "", False, raw["__rows__"], bad)
+
+    def decode(self, candidate: Raw, place: Raw, bad: list[Bad]) -> Example:
+        if "__bad__" in candidate:
+            raise candidate["__bad__"]
+        transform = self.source.transform
+        pixels = None
+        if self.usable is None:
+            background, size = transform.background, transform.image_size
+            image = decode_image(candidate["image"], background=background, at_least=size)
+            pixels = transform(image, place["__draw__"])
+        elif not self.usable[candidate["__id__"]]:
+            raise BadSample("decode", "the picture could not be encoded")
+        text = decode_caption(candidate["txt"]) if "txt" in candidate else ""
+        caption = with_affixes(text, self.prefix, self.suffix)
+        slot, rows = place["__slot__"], place["__rows__"]
+        return Example(slot, candidate["__id__"], candidate["__key__"], pixels, caption, True, rows, bad)
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Last stage: as many examples as the plan's micro-batch has, as one `Batch`, and the reports beside it.
+
+    moments: [N, 2C, h, w] by sample id, instead of pictures.
+    """
+
+    moments: Tensor | None = None
+
+    def __call__(self, examples: Iterable[Example]) -> Iterator[tuple[Batch, list[Bad]]]:
+        examples = iter(examples)
+        for first in examples:
+            yield self.collate([first, *islice(examples, first.rows - 1)])
+
+    def collate(self, rows: list[Example]) -> tuple[Batch, list[Bad]]:
+        ids = torch.tensor([row.sample_id for row in rows])
+        pixels = [row.pixels for row in rows if row.pixels is not None]
+        batch = Batch(
+            slots=torch.tensor([row.slot for row in rows]),
+            keys=[row.key for row in rows],
+            images=to_images(pixels) if self.moments is None else None,
+            moments=None if self.moments is None else self.moments[ids],
+            captions=[row.caption for row in rows],
+            columns={},
+            valid=torch.tensor([row.valid for row in rows]),
+        )
+        return batch, [report for row in rows for report in row.bad]
+
+
+def stages(
+    dataset: Dataset,
+    plan: Plan,
+    transform: Transform,
+    *,
+    start: int = 0,
+    max_attempts: int = 1000,
+    prefix: str = "",
+    suffix: str = "",
+    moments: Tensor | None = None,
+    usable: Tensor | None = None,
+) -> Any:
+    """The pipeline: an iterable of (Batch, reports) for a loader with `batch_size=None`.
+
+    start: first micro-batch.   moments, usable: [N, 2C, h, w] and [N] bool; then only captions are read.
+    """
+    import webdataset
+
+    webdataset.utils.enforce_security = True
+    if moments is not None and usable is None:
+        usable = torch.ones(len(moments), dtype=torch.bool)
+    fields = ("image", "txt") if moments is None else ("txt",)
+    source = Source(dataset, plan, transform, fields, start)
+    return webdataset.DataPipeline(source, Decode(source, max_attempts, prefix, suffix, usable), Batches(moments))

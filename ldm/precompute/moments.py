@@ -1,0 +1,82 @@
+"""Dataset + autoencoder -> the moments of every picture, in memory; and the statistics of its latents."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ldm.errors import LdmError
+from ldm.models.autoencoder.kl import AutoencoderKL, posterior
+from ldm.types import Batch
+
+
+@torch.no_grad()
+def encode_dataset(autoencoder: AutoencoderKL, batches: Iterable[Batch], num_samples: int) -> tuple[Tensor, Tensor]:
+    """Moments [N, 2C, h, w] float32 on the CPU, and usable [N] bool (False: the picture could not be read).
+
+    batches: every sample once, its id in `slots`; with several ranks each brings its share.
+    """
+    device = next(autoencoder.parameters()).device
+    table: Tensor | None = None
+    usable = torch.zeros(num_samples, dtype=torch.bool)
+    for batch in batches:
+        moments = autoencoder.moments(batch.images.to(device)).float().cpu()  # type: ignore[union-attr]
+        if table is None:
+            table = torch.zeros(num_samples, *moments.shape[1:])
+        good = batch.valid.cpu()
+        slots = batch.slots.cpu()[good]
+        table[slots] = moments[good]
+        usable[slots] = True
+    if table is None:
+        raise LdmError("DATA", "there is nothing to encode", where="data.path")
+    if _world_size() > 1:
+        table, as_int = _sum(table, device), _sum(usable.int(), device)
+        usable = as_int > 0
+    if not bool(torch.isfinite(table).all()):
+        raise LdmError(
+            "LATENTS",
+            "the autoencoder gives latents that are not finite",
+            next="train the autoencoder anew with precision 32 or a lower learning rate",
+        )
+    return table, usable
+
+
+@torch.no_grad()
+def measure_statistics(autoencoder: AutoencoderKL, batches: Iterable[Batch]) -> None:
+    """Mean and standard deviation per channel of the posterior means over all pictures, in float64, all ranks."""
+    device = next(autoencoder.parameters()).device
+    channels = autoencoder.latent_channels
+    total, square = (torch.zeros(channels, dtype=torch.float64) for _ in range(2))
+    counts = torch.zeros(2, dtype=torch.float64)
+    was_training = autoencoder.training
+    autoencoder.eval()
+    for batch in batches:
+        moments = autoencoder.moments(batch.images[batch.valid].to(device))  # type: ignore[index]
+        z = posterior(moments).double().cpu()
+        total += z.sum((0, 2, 3))
+        square += z.square().sum((0, 2, 3))
+        counts += torch.tensor([z.numel() / channels, len(z)], dtype=torch.float64)
+    autoencoder.train(was_training)
+    if _world_size() > 1:
+        total, square, counts = (_sum(x, device) for x in (total, square, counts))
+    try:
+        autoencoder.statistics.set(total, square, int(counts[0]), int(counts[1]))
+    except ValueError as error:
+        raise LdmError(
+            "LATENTS",
+            str(error),
+            next="train the autoencoder for longer, or lower stage.autoencoder.objective.kl_weight",
+        ) from error
+
+
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def _sum(value: Tensor, device: torch.device) -> Tensor:
+    moved = value.to(device)
+    dist.all_reduce(moved)
+    return moved.cpu()

@@ -1,0 +1,157 @@
+"""sample.py: prompts from the command line or a file, pictures with their recipe, a captioned grid."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldm import __version__
+from ldm.build import build
+from ldm.data.decode import BadSample, decode_image
+from ldm.data.transforms import resize_and_crop, to_tensor
+from ldm.errors import LdmError
+from ldm.model import LatentDiffusion
+from ldm.sampling.outputs import captioned_grid, save_png, strip, to_uint8
+from ldm.sampling.tasks import Sampling, text_to_image
+from ldm.sampling.trajectory import Trajectory
+from ldm.types import ignore
+
+MAX_PROMPT_CHARACTERS = 10_000
+
+
+def sample(cfg: Mapping[str, Any], trusted: tuple[str, ...] = ()) -> None:
+    """Everything that sample.py does; `cfg` is configs/sample.yaml composed."""
+    prompts = read_prompts(cfg)
+    device = choose_device(cfg["device"])
+    model = LatentDiffusion.load(cfg["run"], weights=cfg["weights"], device=device)
+    # the run's own sampler unless the command line chose one
+    node = cfg["sampler"] if cfg["sampler"] is not None else model.sampler
+    sampling: Sampling = build({**node, **{k: v for k, v in cfg["override"].items() if v is not None}}, trusted=trusted)
+    height, width = cfg["height"] or model.image_size, cfg["width"] or model.image_size
+    model.latent_shape(height, width)  # refuses a size that does not fit before anything is written
+    start = load_image(cfg["image"], height, width) if cfg["image"] is not None else None
+    folder = Path(cfg["output_dir"])
+    folder.mkdir(parents=True, exist_ok=True)
+
+    jobs = [(prompt, cfg["seed"] + i) for prompt in prompts for i in range(cfg["count"])]
+    recipe = {
+        "negative_prompt": cfg["negative_prompt"],
+        "sampler": node["function"]["_target_"].rpartition(".")[2],
+        "steps": sampling.steps,
+        "guidance_scale": sampling.guidance_scale,
+        "guidance_interval": sampling.guidance_interval,
+        "guidance_rescale": sampling.guidance_rescale,
+        "spacing": sampling.spacing,
+        "height": height,
+        "width": width,
+        "strength": cfg["strength"] if start is not None else None,
+        "model": model.source,
+        "ldm": __version__,
+    }
+    began, paths, shown = time.monotonic(), [], []
+    for at in range(0, len(jobs), cfg["batch_size"]):
+        part = jobs[at : at + cfg["batch_size"]]
+        watch = Trajectory(sampling.steps) if cfg["trajectory"] and at == 0 else None
+        pictures = text_to_image(
+            model,
+            [prompt for prompt, _ in part],
+            [seed for _, seed in part],
+            sampling,
+            negative_prompt=cfg["negative_prompt"],
+            size=(height, width),
+            images=None if start is None else start.expand(len(part), -1, -1, -1),
+            strength=cfg["strength"],
+            on_step=watch or ignore,
+        )
+        refuse_non_finite(pictures)
+        for (prompt, seed), picture in zip(part, to_uint8(pictures), strict=True):
+            path = free_path(folder, f"{model.source['step']:09d}-{seed}")
+            save_png(picture, path, {"prompt": prompt, "seed": seed, **recipe})
+            paths.append(path)
+            shown.append(picture)
+        if watch is not None:
+            path = free_path(folder, "trajectory")
+            frames = strip(to_uint8(watch.pictures(model)), [f"step {s + 1}" for s in watch.steps])
+            save_png(frames, path, {"prompt": part[0][0], "seed": part[0][1], **recipe})
+            print(f"from noise to picture: {path}")
+    seconds = time.monotonic() - began
+    print(f"{len(paths)} pictures in {seconds:.1f} s: {folder}/")
+    if len(paths) == 1:
+        print(paths[0])
+    else:
+        grid = free_path(folder, "grid")
+        save_png(captioned_grid(shown, [prompt for prompt, _ in jobs]), grid, recipe)
+        print(f"grid: {grid}")
+    truncated = getattr(getattr(model.conditioner, "tokenizer", None), "truncated", 0)
+    if truncated:
+        print(f"{truncated} prompts were longer than {model.conditioner.tokenizer.length} tokens and were cut")
+
+
+def read_prompts(cfg: Mapping[str, Any]) -> list[str]:
+    """`prompt=`, or the lines of `prompts_file=`."""
+    if (cfg["prompt"] is None) == (cfg["prompts_file"] is None):
+        raise LdmError(
+            "PROMPT",
+            "give either a prompt or a file of prompts",
+            next='python sample.py prompt="a red star on a blue ground", or prompts_file=prompts.txt',
+        )
+    if cfg["prompt"] is not None:
+        prompts = [cfg["prompt"]]
+    else:
+        try:
+            text = Path(cfg["prompts_file"]).read_text(encoding="utf-8-sig")
+        except (OSError, UnicodeDecodeError) as error:
+            raise LdmError("PROMPT", f"cannot read the prompts: {error}", where="prompts_file") from error
+        prompts = [line.strip() for line in text.splitlines() if line.strip()]
+        if not prompts:
+            raise LdmError("PROMPT", "the file holds no prompt", where=cfg["prompts_file"], next="one prompt a line")
+    for prompt in prompts:
+        if len(prompt) > MAX_PROMPT_CHARACTERS:
+            raise LdmError("PROMPT", "a prompt is too long", limit=f"{MAX_PROMPT_CHARACTERS} characters, {len(prompt)}")
+    return prompts
+
+
+def choose_device(name: str) -> torch.device:
+    """ "auto" takes the GPU when there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros((), device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise LdmError(
+            "DEVICE", f"cannot use the device {name!r}", where="device", next="device=auto or cpu"
+        ) from error
+    return device
+
+
+def load_image(path: str, height: int, width: int) -> Tensor:
+    """[1, 3, H, W] in [-1, 1], resized and cropped to the size of the result."""
+    try:
+        image = decode_image(Path(path).read_bytes())
+    except OSError as error:
+        raise LdmError("IMAGE", f"cannot read the picture: {error.strerror}", where=path) from error
+    except BadSample as error:
+        raise LdmError("IMAGE", f"not a usable picture: {error}", where=path) from error
+    return to_tensor(resize_and_crop(image, height, width))[None]
+
+
+def refuse_non_finite(pictures: Tensor) -> None:
+    if not bool(torch.isfinite(pictures).all()):
+        raise LdmError(
+            "NON-FINITE", "the model gave values that are not finite", next="try weights=raw or another checkpoint"
+        )
+
+
+def free_path(folder: Path, stem: str) -> Path:
+    """A file that does not exist yet: nothing is overwritten."""
+    path, n = folder / f"{stem}.png", 1
+    while path.exists():
+        n += 1
+        path = folder / f"{stem}-{n}.png"
+    return path

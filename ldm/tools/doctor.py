@@ -1,0 +1,156 @@
+"""`python -m ldm doctor [key=value ...]`: one line for everything a run depends on. Changes nothing.
+
+torch is imported in a process of its own, so that a broken installation is a line and not a traceback.
+"""
+
+from __future__ import annotations
+
+import json
+import netrc
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator, Sequence
+from importlib import metadata
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from packaging.requirements import Requirement
+
+from ldm.cli import recognise
+from ldm.config import CONFIGS, compose
+from ldm.errors import REFUSED, LdmError
+
+Finding = tuple[str, str, str]
+"""(ok | warn | FAIL, subject, words)"""
+
+_WITHDRAWN = {"lightning": ("2.6.2", "2.6.3"), "pytorch-lightning": ("2.6.2", "2.6.3")}  # stole credentials on import
+_LOW_DISK_GB = 5
+_PROBE = """
+import json, torch, torchvision
+cuda = torch.cuda.is_available()
+print(json.dumps({
+    "torch": torch.__version__, "torchvision": torchvision.__version__, "built_for_cuda": torch.version.cuda,
+    "gpus": [[p.name, p.total_memory] for p in map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))]
+    if cuda else [],
+    "bf16": cuda and torch.cuda.is_bf16_supported(), "mps": torch.backends.mps.is_available(),
+    "threads": torch.get_num_threads(),
+}))
+"""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print the findings; exit code 2 if one of them is FAIL."""
+    failed = False
+    for mark, subject, words in chain(_system(), _packages(), _devices(), _configuration(argv), _logging()):
+        failed |= mark == "FAIL"
+        print(f"{mark:<5}{subject:<20}{words}", flush=True)
+    return REFUSED if failed else 0
+
+
+def _system() -> Iterator[Finding]:
+    yield "ok", "python", f"{platform.python_version()} at {sys.executable}"
+    yield "ok", "platform", f"{platform.system()} {platform.release()} {platform.machine()}"
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    yield "ok", "cores, memory", f"{cores} cores, {memory:.0f} GB"
+    free = shutil.disk_usage(".").free / 2**30
+    enough = free >= _LOW_DISK_GB
+    yield "ok" if enough else "warn", "free disk", f"{free:.0f} GB" + ("" if enough else "; checkpoints need room")
+
+
+def _packages() -> Iterator[Finding]:
+    for requirement in _requirements():
+        try:
+            version = metadata.version(requirement.name)
+        except metadata.PackageNotFoundError:
+            yield "FAIL", requirement.name, f'not installed; pip install "{requirement}" -c constraints.txt'
+            continue
+        fits = requirement.specifier.contains(version, prereleases=True)
+        bounds = str(requirement.specifier) or "any"
+        yield "ok" if fits else "FAIL", requirement.name, f"{version} (allowed: {bounds})"
+    for name, versions in _WITHDRAWN.items():
+        if (found := _version(name)) in versions:
+            yield "FAIL", name, f"{found} was withdrawn as malicious; uninstall it and change your credentials"
+
+
+def _requirements() -> list[Requirement]:
+    """The core dependencies, from the repository if we are in it, else from the installed package."""
+    project = CONFIGS.parent / "pyproject.toml"
+    if project.is_file():
+        lines = tomllib.loads(project.read_text())["project"]["dependencies"]
+    else:
+        lines = [line for line in metadata.requires("ldm") or [] if "extra ==" not in line]
+    return [Requirement(line) for line in lines]
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _devices() -> Iterator[Finding]:
+    probe = subprocess.run([sys.executable, "-c", _PROBE], capture_output=True, text=True)
+    if probe.returncode:
+        last = probe.stderr.strip().splitlines()[-1:] or [f"exit code {probe.returncode}"]
+        known = recognise(probe.stderr)
+        both = f"torch {_version('torch')}, torchvision {_version('torchvision')}: "
+        yield "FAIL", "import torch", both + (f"{known.what}; {known.next}" if known else last[0])
+        return
+    facts: dict[str, Any] = json.loads(probe.stdout.splitlines()[-1])
+    yield "ok", "import torch", f"torch {facts['torch']} and torchvision {facts['torchvision']} fit together"
+    for name, memory in facts["gpus"]:
+        yield "ok", "device cuda", f"{name}, {memory / 2**30:.0f} GB, bf16 {'yes' if facts['bf16'] else 'no'}"
+    if facts["mps"]:
+        yield "ok", "device mps", "Apple GPU"
+    if not facts["gpus"] and not facts["mps"]:
+        yield "warn", "device cpu", f"{facts['threads']} threads; no GPU found: toy sizes only"
+
+
+def _configuration(argv: Sequence[str]) -> Iterator[Finding]:
+    try:
+        cfg = compose("train", argv)
+    except LdmError as error:
+        yield from (("FAIL", "configuration", line) for line in error.line().splitlines())
+        return
+    yield "ok", "configuration", f"composes; run folder {cfg.get('output_dir')}/{cfg.get('name')}"
+    path = (cfg.get("data") or {}).get("path")
+    if path is None:
+        yield "warn", "data", "data.path is not set"
+    elif not Path(path).exists():
+        toy = "toy_logos" in str(path)
+        yield (
+            "warn",
+            "data",
+            f"{path} does not exist; " + ("run python data/toy_logos/make.py" if toy else "set data.path"),
+        )
+    else:
+        yield _dataset(str(path))
+
+
+def _dataset(path: str) -> Finding:
+    from ldm.data.shards import open_dataset
+
+    try:
+        open_dataset(path)
+    except LdmError as error:
+        return "FAIL", "data", error.line()
+    return "ok", "data", f"{path} can be read"
+
+
+def _logging() -> Iterator[Finding]:
+    key = "WANDB_API_KEY" in os.environ or _in_netrc()
+    yield "ok", "wandb", "a key is configured: online" if key else "no key is configured: offline"
+
+
+def _in_netrc() -> bool:
+    try:
+        return any("wandb" in host for host in netrc.netrc().hosts)
+    except (OSError, netrc.NetrcParseError):
+        return False

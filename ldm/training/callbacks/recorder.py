@@ -1,0 +1,87 @@
+"""metrics.jsonl, one line a step: the truth about a run, whatever the monitor saw."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from pathlib import Path
+
+import pytorch_lightning as pl
+import torch
+
+from ldm.checkpoints.files import append_jsonl
+from ldm.training.callbacks.samples import Samples
+from ldm.training.callbacks.validation import Validation
+from ldm.training.stage_module import StageModule
+
+
+class Recorder(pl.Callback):
+    """Collects a step's numbers in `record`, writes them to `path` on rank 0 and hands them to the monitor.
+
+    images_per_second counts the time between the ends of two steps, validation and pictures excluded; data_wait is the
+    share of it spent waiting for the loader.
+    """
+
+    def __init__(self, path: Path, validation: Validation, samples: Samples, monitor: object | None = None) -> None:
+        self.path, self.validation, self.samples, self.monitor = path, validation, samples, monitor
+        self.record: dict[str, float] = {}
+        self._waited = self._worked = 0.0
+        self._mark = time.monotonic()
+
+    def on_train_start(self, trainer: pl.Trainer, module: StageModule) -> None:  # type: ignore[override]
+        self._mark = time.monotonic()
+
+    def on_train_batch_start(self, trainer: pl.Trainer, module: StageModule, *_: object) -> None:  # type: ignore[override]
+        now = time.monotonic()
+        self._waited += now - self._mark
+        self._mark = now
+
+    def step_ended(self, module: StageModule) -> None:
+        """Stops the clock of a micro-batch; called before validation and pictures are made."""
+        now = time.monotonic()
+        self._worked += now - self._mark
+        self._mark = now
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: StageModule, *_: object) -> None:  # type: ignore[override]
+        outcome = module.outcome
+        if outcome is not None:
+            total = self._waited + self._worked
+            self.record = {
+                "train/step": module.step.train_step,
+                "train/samples": module.step.samples_seen,
+                **{f"train/{k}": v for k, v in module.logs.items()},
+                "train/grad_norm": outcome.grad_norm,
+                "train/lr": outcome.lr,
+                "train/applied": int(outcome.applied),
+                "perf/images_per_second": module.settings.batch_size / max(total, 1e-9),
+                "perf/data_wait": self._waited / max(total, 1e-9),
+                "perf/memory_gb": memory_gb(module.device),
+            }
+            if module.step.scaler is not None:
+                self.record["train/loss_scale"] = module.step.scaler.scale
+            self.record |= {f"val/{k}": v for k, v in (self.validation.results or {}).items()}
+            self._waited = self._worked = 0.0
+            if trainer.is_global_zero:
+                append_jsonl(self.path, self.record)
+                if self.monitor is not None:
+                    self.monitor.log(self.record, self.samples.latest)  # type: ignore[attr-defined]
+        self._mark = time.monotonic()
+
+
+class StopClock(pl.Callback):
+    """Stands first in the list of callbacks, so that their work is not counted as training."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self.recorder = recorder
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: StageModule, *_: object) -> None:  # type: ignore[override]
+        self.recorder.step_ended(module)
+
+
+def memory_gb(device: torch.device) -> float:
+    """Peak memory: allocated on the device, or resident in the process on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)

@@ -1,0 +1,69 @@
+"""Pictures of fixed seeds while training: what the model can do now, beside what it could before."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytorch_lightning as pl
+import torch
+
+from ldm.sampling.outputs import captioned_grid, save_png, to_uint8
+from ldm.sampling.tasks import Sampling, text_to_image
+from ldm.training.autoencoder_module import AutoencoderModule
+from ldm.training.diffusion_module import DiffusionModule
+from ldm.training.stage_module import StageModule
+
+
+class Samples(pl.Callback):
+    """Writes `samples/step-<step>.png` every `every` steps and at the last one; leaves its path in `latest`.
+
+    The autoencoder shows held-out pictures above their reconstructions; the denoiser draws `prompts` with the seeds
+    0, 1, 2, ... from the averaged weights.
+    """
+
+    def __init__(
+        self, every: int | None, folder: Path, *, prompts: list[str] | None = None, sampling: Sampling | None = None
+    ) -> None:
+        self.every, self.folder = every, folder
+        self.prompts, self.sampling = prompts or [], sampling
+        self.latest: Path | None = None
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: StageModule, *_: object) -> None:  # type: ignore[override]
+        self.latest = None
+        if module.outcome is None or self.every is None or not trainer.is_global_zero:
+            return
+        step = module.step.train_step
+        if step % self.every == 0 or step >= module.settings.max_steps:
+            self.latest = self.draw(trainer, module, step)
+
+    def draw(self, trainer: pl.Trainer, module: StageModule, step: int) -> Path | None:
+        module.eval()
+        averages = module.step.ema.applied() if module.step.ema else nullcontext()
+        with averages, torch.no_grad():
+            if isinstance(module, AutoencoderModule):
+                grid = _reconstructions(trainer, module)
+            else:
+                assert isinstance(module, DiffusionModule)
+                grid = self._from_prompts(module)
+        module.train()
+        if grid is None:
+            return None
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"step-{step:09d}.png"
+        save_png(grid, path, {"step": step, "stage": module.stage})
+        return path
+
+    def _from_prompts(self, module: DiffusionModule):
+        if not self.prompts or self.sampling is None:
+            return None
+        pictures = text_to_image(module.model, self.prompts, list(range(len(self.prompts))), self.sampling)
+        return captioned_grid(to_uint8(pictures), self.prompts)
+
+
+def _reconstructions(trainer: pl.Trainer, module: AutoencoderModule, count: int = 8):
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    loader = data.encode_dataloader("val" if data.num_val else "train", batch_size=count)
+    images = next(iter(loader)).images[:count].to(module.device)
+    pictures = torch.cat([images, module.autoencoder(images)[0].clamp(-1, 1)])
+    return captioned_grid(to_uint8(pictures), ["picture"] * len(images) + ["reconstruction"] * len(images), len(images))

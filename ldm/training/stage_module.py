@@ -1,0 +1,138 @@
+"""What both LightningModules share: manual optimisation through one `OptimizerStep`, the draws, resuming."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ldm.checkpoints.store import Checkpoint
+from ldm.model import load_weights
+from ldm.random import Draws, run_key, seed_modules
+from ldm.training.ema import EMA
+from ldm.training.step import OptimizerStep, Outcome, Scaler
+from ldm.types import Batch
+
+
+@dataclass(frozen=True)
+class StageSettings:
+    """The part of `stage.<name>` that the optimizer step needs; see configs/stage."""
+
+    max_steps: int
+    batch_size: int
+    optimizer: Callable[..., torch.optim.Optimizer]
+    lr_schedule: Callable[[int], float]
+    ema_half_life_images: float | None
+    accumulate: int = 1
+    grad_clip: float | None = 1.0
+    precision: str = "32"
+    seed: int = 0
+
+
+class StageModule(pl.LightningModule):
+    """Batch -> loss -> one optimizer step. A subclass names what is trained and computes the loss.
+
+    Callbacks read `outcome` (None unless a step was just finished), `logs` and `step`.
+    """
+
+    stage: str
+
+    def __init__(self, settings: StageSettings) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.settings = settings
+        self.key = run_key(settings.seed)
+        self.step: OptimizerStep
+        self.outcome: Outcome | None = None
+        self.logs: dict[str, float] = {}
+        self.save_due = self.stop_due = False
+        self._micro_logs: list[Mapping[str, Tensor]] = []
+        self._resume: Checkpoint | None = None
+
+    # what a subclass says
+
+    def trained(self) -> nn.Module:
+        """The module whose parameters are trained, averaged and saved."""
+        raise NotImplementedError
+
+    def loss(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:
+        """[B] each; "loss" is minimised, the rest is logged."""
+        raise NotImplementedError
+
+    def validation_terms(self, batch: Batch) -> dict[str, Tensor]:
+        """[B] each; "loss" decides which checkpoint is best."""
+        raise NotImplementedError
+
+    def document(self) -> dict[str, Any]:
+        """What config.json of a checkpoint holds: everything needed to rebuild the model."""
+        raise NotImplementedError
+
+    def describe(self) -> dict[str, Any]:
+        """What state.json holds beside the counters."""
+        return {}
+
+    def finish(self) -> None:
+        """The work between the last step and the final checkpoint."""
+
+    # the step
+
+    def configure_optimizers(self) -> None:
+        """Called by Lightning once the module is on its device. The optimizer is ours alone."""
+        s = self.settings
+        parameters = {n: p for n, p in self.trained().named_parameters() if p.requires_grad}
+        ema = None
+        if s.ema_half_life_images is not None:
+            ema = EMA(parameters, half_life_images=s.ema_half_life_images, batch_size=s.batch_size)
+        self.step = OptimizerStep(
+            parameters,
+            optimizer=s.optimizer,
+            lr_schedule=s.lr_schedule,
+            ema=ema,
+            batch_size=s.batch_size,
+            accumulate=s.accumulate,
+            grad_clip=s.grad_clip,
+            scaler=Scaler() if s.precision == "16-mixed" else None,
+        )
+        if self._resume is not None:
+            self._restore(self._resume)
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        wrapped = self.trainer.strategy.model
+        if isinstance(wrapped, DistributedDataParallel):
+            wrapped.require_backward_grad_sync = self.step.synchronises
+        seed_modules(self.key, self.step.train_step, self.step.micro, self.global_rank)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        terms = self.loss(batch, Draws(self.key, batch.slots))
+        self._micro_logs.append({k: v.detach().float().mean() for k, v in terms.items()})
+        self.outcome = self.step(terms["loss"].mean(), self.manual_backward, save_due=self.save_due, stop=self.stop_due)
+        if self.outcome is not None:
+            names = self._micro_logs[0]
+            self.logs = {k: float(torch.stack([m[k] for m in self._micro_logs]).mean()) for k in names}
+            self._micro_logs = []
+
+    # the state
+
+    def resume_from(self, checkpoint: Checkpoint) -> None:
+        """Weights now, optimizer, averages and counters as soon as they exist."""
+        load_weights(self.trained(), checkpoint.tensors("model"), checkpoint.path)
+        self._resume = checkpoint
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        self.step.optimizer.load_state_dict(checkpoint.tree("optim"))
+        self.step.load_state(checkpoint.document("state"))
+        if self.step.ema is not None:
+            self.step.ema.load(checkpoint.tensors("ema"))
+        self._resume = None
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """What the checkpoint's safetensors files hold."""
+        groups = {"model": self.trained().state_dict()}
+        if self.step.ema is not None:
+            groups["ema"] = dict(self.step.ema.averages)
+        return groups

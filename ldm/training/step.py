@@ -1,0 +1,241 @@
+"""One optimizer step: the only place where weights change, and the only clock.
+
+The order is fixed: backward (without synchronisation but for the last micro-batch), unscale, gradient norm, control
+all-reduce, clip, step or skip, learning rate, EMA, counters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ldm.errors import NON_FINITE, LdmError
+from ldm.training.ema import EMA
+
+MAX_CONSECUTIVE_SKIPS = 5
+MAX_SKIP_FRACTION, SKIP_WINDOW = 0.01, 1000
+MIN_SCALE = 2.0**-10
+
+
+@dataclass
+class Scaler:
+    """Loss scale for float16: halved after an overflow, doubled after `growth_interval` good steps.
+
+    Micikevicius et al. 2017, arXiv:1710.03740, section 3.2. It is ours because the scale must be undone before the
+    gradient norm, and because it is part of the checkpoint.
+    """
+
+    scale: float = 2.0**16
+    good_steps: int = 0
+    growth_interval: int = 2000
+    overflows: int = 0
+
+    def update(self, finite: bool) -> None:
+        if finite:
+            self.good_steps += 1
+            if self.good_steps % self.growth_interval == 0:
+                self.scale *= 2.0
+        else:
+            self.overflows += 1
+            self.good_steps = 0
+            self.scale /= 2.0
+
+
+@dataclass
+class Counters:
+    """train_step: optimizer steps attempted, the clock.   updates: steps applied.   skips: the steps not applied."""
+
+    train_step: int = 0
+    updates: int = 0
+    consecutive_skips: int = 0
+    recent_skips: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a finished step reports: everything is a plain number, read once a step."""
+
+    loss: float
+    grad_norm: float
+    lr: float
+    applied: bool
+    save_due: bool
+    stop: bool
+
+
+class OptimizerStep:
+    """Owns optimizer, learning rate, gradient clipping, fp16 scaling, EMA and counters of one stage.
+
+    parameters: the trained ones by name.   optimizer: callable from parameters to optimizer.   lr_schedule: updates
+    to factor.   accumulate: micro-batches a step.   grad_clip: largest gradient norm, None = no clipping.
+    batch_size: global, images a step.   skip_nonfinite: skip such a step, or stop at the first.
+    """
+
+    def __init__(
+        self,
+        parameters: dict[str, nn.Parameter],
+        *,
+        optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
+        lr_schedule: Callable[[int], float],
+        ema: EMA | None,
+        batch_size: int,
+        accumulate: int = 1,
+        grad_clip: float | None = 1.0,
+        scaler: Scaler | None = None,
+        skip_nonfinite: bool = True,
+    ) -> None:
+        self.parameters = parameters
+        self.optimizer = optimizer(list(parameters.values()))
+        self.base_lrs = [group["lr"] for group in self.optimizer.param_groups]
+        self.lr_schedule, self.ema, self.scaler = lr_schedule, ema, scaler
+        self.batch_size, self.accumulate, self.grad_clip = batch_size, accumulate, grad_clip
+        self.skip_nonfinite = skip_nonfinite
+        self.counters = Counters()
+        self.micro = 0
+        self._loss = torch.zeros(())
+
+    @property
+    def train_step(self) -> int:
+        return self.counters.train_step
+
+    @property
+    def samples_seen(self) -> int:
+        return self.counters.train_step * self.batch_size
+
+    @property
+    def synchronises(self) -> bool:
+        """True when the micro-batch that comes next is the last of its step."""
+        return self.micro == self.accumulate - 1
+
+    def __call__(
+        self, loss: Tensor, backward: Callable[[Tensor], Any], *, save_due: bool = False, stop: bool = False
+    ) -> Outcome | None:
+        """Feed one micro-batch's mean loss; an `Outcome` when that completed a step, else None.
+
+        save_due, stop: this rank's wishes; any rank's wish becomes everybody's.
+        """
+        scaled = loss / self.accumulate
+        backward(scaled * self.scaler.scale if self.scaler else scaled)
+        self._loss = self._loss.to(loss.device) + scaled.detach()
+        self.micro += 1
+        if self.micro < self.accumulate:
+            return None
+        self.micro = 0
+        return self._finish(save_due, stop)
+
+    def _finish(self, save_due: bool, stop: bool) -> Outcome:
+        grads = [p.grad for p in self.parameters.values() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(grads)
+        if self.scaler:
+            norm = norm / self.scaler.scale
+        loss, norm_value, finite, save_due, stop = self._agree(norm, save_due, stop)
+        lr = self._set_lr()
+        if finite:
+            # one factor undoes the loss scale and clips
+            factor = 1.0 / self.scaler.scale if self.scaler else 1.0
+            if self.grad_clip is not None and norm_value > self.grad_clip:
+                factor *= self.grad_clip / (norm_value + 1e-6)
+            if factor != 1.0:
+                torch._foreach_mul_(grads, factor)
+            self.optimizer.step()
+            if self.ema is not None:
+                self.ema.update(self.counters.updates)
+            self.counters.updates += 1
+        self.optimizer.zero_grad(set_to_none=True)
+        self._loss = torch.zeros(())
+        self.counters.train_step += 1
+        self._account(finite)
+        return Outcome(loss, norm_value, lr, finite, save_due, stop)
+
+    def _agree(self, norm: Tensor, save_due: bool, stop: bool) -> tuple[float, float, bool, bool, bool]:
+        """The control all-reduce: one small tensor, so that every rank takes the same decisions."""
+        finite = torch.isfinite(norm) & torch.isfinite(self._loss)
+        control = torch.stack(
+            [(~finite).float(), norm.new_tensor(float(save_due)), norm.new_tensor(float(stop)), norm.float()]
+        )
+        loss = self._loss
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(control, op=dist.ReduceOp.MAX)
+            dist.all_reduce(loss, op=dist.ReduceOp.AVG if loss.is_cuda else dist.ReduceOp.SUM)
+            if not loss.is_cuda:
+                loss = loss / dist.get_world_size()
+        bad, due, halt, norm_value = control.tolist()
+        return float(loss), norm_value, bad == 0.0, due > 0, halt > 0
+
+    def _set_lr(self) -> float:
+        factor = self.lr_schedule(self.counters.updates)
+        for group, base in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
+            group["lr"] = base * factor
+        return self.base_lrs[0] * factor
+
+    def _account(self, finite: bool) -> None:
+        """Skipped steps are counted; too many of them end the run."""
+        counters = self.counters
+        if self.scaler:
+            self.scaler.update(finite)
+            if self.scaler.scale < MIN_SCALE:
+                raise LdmError(
+                    "LOSS-SCALE",
+                    "the float16 loss scale collapsed",
+                    limit=f"scale {self.scaler.scale:g}, at least {MIN_SCALE:g}",
+                    next="train with precision bf16-mixed or 32, or lower the learning rate",
+                    exit_code=NON_FINITE,
+                )
+            return
+        if finite:
+            counters.consecutive_skips = 0
+            return
+        step = counters.train_step
+        counters.consecutive_skips += 1
+        counters.recent_skips = [s for s in counters.recent_skips if s > step - SKIP_WINDOW] + [step]
+        allowed = max(MAX_CONSECUTIVE_SKIPS, int(MAX_SKIP_FRACTION * SKIP_WINDOW))
+        if (
+            not self.skip_nonfinite
+            or counters.consecutive_skips >= MAX_CONSECUTIVE_SKIPS
+            or len(counters.recent_skips) > allowed
+        ):
+            raise LdmError(
+                "NON-FINITE",
+                f"loss or gradients are not finite at step {step}",
+                limit=f"{counters.consecutive_skips} in a row, {len(counters.recent_skips)} of the last {SKIP_WINDOW}",
+                next="see nonfinite.jsonl for the samples; lower the learning rate or train with precision 32",
+                exit_code=NON_FINITE,
+            )
+
+    def state(self) -> dict[str, Any]:
+        """Everything but weights, averages and optimizer tensors, as JSON."""
+        return {
+            "train_step": self.counters.train_step,
+            "updates": self.counters.updates,
+            "samples_seen": self.samples_seen,
+            "consecutive_skips": self.counters.consecutive_skips,
+            "recent_skips": list(self.counters.recent_skips),
+            "scaler": None if self.scaler is None else vars(self.scaler).copy(),
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.counters = Counters(
+            state["train_step"], state["updates"], state["consecutive_skips"], list(state["recent_skips"])
+        )
+        if self.scaler is not None and state["scaler"] is not None:
+            self.scaler = Scaler(**state["scaler"])
+
+
+def per_device(batch_size: int, world_size: int, accumulate: int) -> int:
+    """Images of one micro-batch on one device; refuses what does not divide, naming what would."""
+    if batch_size % (world_size * accumulate):
+        valid = [r for r in range(1, batch_size + 1) if batch_size % (r * accumulate) == 0]
+        raise LdmError(
+            "BATCH",
+            f"batch_size {batch_size} cannot be cut evenly",
+            limit=f"{world_size} devices x accumulate {accumulate}",
+            next=f"with accumulate={accumulate} use one of {valid[:12]} devices"
+            if valid
+            else f"accumulate must divide {batch_size}",
+        )
+    return batch_size // (world_size * accumulate)

@@ -1,0 +1,16 @@
+"""Train: python train.py [experiment=NAME] [key=value ...]; --help lists both."""
+
+from typing import Any
+
+from ldm.cli import run
+
+
+def main(cfg: dict[str, Any], trusted: tuple[str, ...]) -> int | None:
+    """Trains the stages that are left of a run; the same command again continues it."""
+    from ldm.training.fit import train  # here: help and configuration errors do not wait for torch
+
+    return train(cfg, trusted)
+
+
+if __name__ == "__main__":
+    run(main, "train")
