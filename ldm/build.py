@@ -39,6 +39,7 @@ _ROOMS = (
     "ldm.sampling.",
     "ldm.training.",
 )
+_NEVER = ("ldm.sampling.main.", "ldm.training.fit.", "ldm.training.launch.")  # entry points
 _SAVED_ROOMS = ("ldm.models.", "ldm.diffusion.")
 
 
@@ -86,8 +87,9 @@ def to_saved(node: Any) -> Any:
 
 
 def resolve(name: str, *, where: str = "", trusted: tuple[str, ...] = ()) -> Callable[..., Any]:
-    """The object behind an allowed dotted name; it must be defined in the package that its name says."""
-    _check_name(name, where, _ROOMS + tuple(f"{p}." for p in trusted), _LISTED)
+    """The object behind an allowed dotted name; what a module merely imports is not its own and is refused."""
+    rooms = _ROOMS + tuple(f"{p}." for p in trusted)
+    _check_name(name, where, rooms, _LISTED)
     module_name, _, attribute = name.rpartition(".")
     try:
         found = getattr(importlib.import_module(module_name), attribute)
@@ -100,10 +102,9 @@ def resolve(name: str, *, where: str = "", trusted: tuple[str, ...] = ()) -> Cal
         raise LdmError("BUILD", f"there is no {name}", where=where, next=_siblings(module_name, attribute)) from error
     if name in _LISTED:
         return found
-    home = getattr(found, "__module__", "") or ""
-    package = name.split(".")[0]
-    if not (inspect.isclass(found) or inspect.isfunction(found)) or home.split(".")[0] != package:
-        raise LdmError("BUILD", f"{name} is not a class or function of {package}", where=where)
+    defined = f"{getattr(found, '__module__', '')}.{getattr(found, '__qualname__', '')}"
+    if not (inspect.isclass(found) or inspect.isfunction(found)) or not _is_in(defined, rooms):
+        raise LdmError("BUILD", f"{name} is not a class or function that its module defines", where=where)
     return found
 
 
@@ -126,10 +127,14 @@ def _walk(node: Any, where: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
             yield from _walk(value, f"{where}[{index}]")
 
 
+def _is_in(name: str, rooms: tuple[str, ...]) -> bool:
+    return name.startswith(rooms) and not name.startswith(_NEVER)
+
+
 def _check_name(name: Any, where: str, rooms: tuple[str, ...], listed: frozenset[str]) -> None:
     parts = name.split(".") if isinstance(name, str) else []
     plain = len(parts) > 1 and all(p.isidentifier() and not p.startswith("_") for p in parts)
-    if plain and (name in listed or name.startswith(rooms)):
+    if plain and (name in listed or _is_in(name, rooms)):
         return
     close = get_close_matches(str(name), sorted(listed), n=1)
     allowed = f"nearest allowed name: {close[0]}" if close else "allowed: " + ", ".join(f"{r}*" for r in rooms)

@@ -35,14 +35,12 @@ def run(main: Main, config_name: str, argv: Sequence[str] | None = None, *, conf
     def action() -> int | None:
         options, words = _options(argv)
         if options.help:
-            print(usage(config_name, main.__doc__ or "", config_dir))
-            return 0
+            return _show(usage(config_name, main.__doc__ or "", config_dir))
         if options.multirun:
             return _multirun(config_name, words, config_dir)
         cfg.update(compose(config_name, words, config_dir=config_dir))
         if options.cfg:
-            print(_as_yaml(cfg))
-            return 0
+            return _show(_as_yaml(cfg))
         validate(cfg)
         return main(cfg, trusted_targets(words))
 
@@ -136,19 +134,23 @@ def recognise(text: str) -> LdmError | None:
 
 def usage(config_name: str, purpose: str, config_dir: Path = CONFIGS) -> str:
     """The text of --help, read off the files of `config_dir`."""
+    defaults, _, keys = (config_dir / f"{config_name}.yaml").read_text().partition("\n\n")
     groups: dict[str, list[str]] = {}
     for path in sorted(config_dir.rglob("*.yaml")):
-        if path.parent != config_dir:
-            groups.setdefault(path.parent.relative_to(config_dir).as_posix(), []).append(path.stem)
-    names = groups.pop("experiment", [])
-    experiments = [f"  {n:<24}{_headline(config_dir / 'experiment' / f'{n}.yaml')}" for n in names]
-    lines = [f"usage: python {config_name}.py [experiment=NAME] [group=OPTION ...] [key=value ...]", ""]
-    lines += [purpose.strip().split("\n")[0], "", "experiments", *experiments, "", "groups and their options"]
+        group = path.parent.relative_to(config_dir).as_posix()
+        if re.search(rf"\b{group}[:@]", defaults):
+            groups.setdefault(group, []).append(path.stem)
+    lines = [f"usage: python {config_name}.py [group=OPTION ...] [key=value ...]", "", purpose.strip().split("\n")[0]]
+    if names := groups.pop("experiment", []):
+        lines += ["", "experiments, chosen by experiment=NAME"]
+        lines += [f"  {name:<24}{_headline(config_dir / 'experiment' / f'{name}.yaml')}" for name in names]
+    lines += ["", "groups and their options"]
     lines += [f"  {group:<24}{', '.join(options)}" for group, options in groups.items()]
+    lines += ["", "keys; --cfg job shows those of the groups too"]
+    lines += [f"  {line}".rstrip() for line in keys.strip().splitlines()]
     lines += ["", "options", "  --cfg job               print the composed configuration and leave"]
     lines += ["  -m, --multirun          one run after another for every combination of key=1,2"]
-    lines += ["  traceback=true          show tracebacks on the terminal", "", "exit codes: docs/errors.md"]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", "exit codes: docs/errors.md"])
 
 
 def _headline(path: Path) -> str:
@@ -167,6 +169,14 @@ def _multirun(config_name: str, words: Sequence[str], config_dir: Path) -> int:
         print(f"[{number}/{len(combinations)}]", *command, flush=True)
         codes.append(subprocess.run([sys.executable, sys.argv[0], *command]).returncode)
     return next((code for code in codes if code), 0)
+
+
+def _show(text: str) -> int:
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # `| head` has seen enough; nothing may be written at exit either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
 
 
 def _as_yaml(cfg: Mapping[str, Any]) -> str:

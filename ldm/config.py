@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -119,12 +119,20 @@ def _limit_resolvers() -> None:
             raise ValueError(f"only variables LDM_* may be read, not {name}")
         if name not in os.environ and not default:
             raise ValueError(f"the variable {name} is not set")
-        return os.environ.get(name, *default)
+        return _number(os.environ[name]) if name in os.environ else default[0]
 
     OmegaConf.clear_resolvers()
     for name in ("oc.create", "oc.decode", "oc.deprecated", "oc.dict.keys", "oc.dict.values", "oc.select"):
         OmegaConf.clear_resolver(name)
     OmegaConf.register_new_resolver("oc.env", env, replace=True)
+
+
+def _number(text: str) -> Any:
+    """What YAML would have read: 1e-4 is a number."""
+    for kind in (int, float):
+        with suppress(ValueError):
+            return kind(text)
+    return text
 
 
 def _parse(words: Sequence[str]) -> tuple[list[tuple[str, Any]], list[LdmError]]:
@@ -157,10 +165,10 @@ def _resolve(whole: Any) -> _Tree:
     for key, _ in walk(_plain(whole)):
         if key.rpartition(".")[2] == "trusted_targets":
             raise LdmError("CONFIG", "only the command line may trust targets", where=key, next="remove it")
-    if missing := sorted(OmegaConf.missing_keys(whole)):
-        hint = "add " + " ".join(f"{key}=..." for key in missing)
-        raise LdmError("CONFIG", "values are missing: " + ", ".join(missing), next=hint)
     try:
+        if missing := sorted(OmegaConf.missing_keys(whole)):
+            hint = "add " + " ".join(f"{key}=..." for key in missing)
+            raise LdmError("CONFIG", "values are missing: " + ", ".join(missing), next=hint)
         return OmegaConf.to_container(whole, resolve=True)  # type: ignore[return-value]
     except OmegaConfBaseException as error:
         raise LdmError("CONFIG", str(error).splitlines()[0], where=str(error.full_key or "")) from error
@@ -180,7 +188,7 @@ def _check_place(config_dir: Path) -> None:
 
 
 def _is_group(key: str, config_dir: Path) -> bool:
-    return key.startswith("hydra/") or (config_dir / key).is_dir()
+    return key.startswith("hydra/") or any((config_dir / key).glob("*.yaml"))
 
 
 def _check_groups(groups: Sequence[tuple[str, Any]], config_dir: Path) -> list[LdmError]:
@@ -292,7 +300,7 @@ def _strays(tree: _Tree, below: _Tree, prefix: str = "") -> Iterator[tuple[str, 
 def _unknown(key: str, names: Sequence[str], where: str = "") -> LdmError:
     same_end = [n for n in names if n.endswith(f".{key}")]
     close = same_end[:2] or get_close_matches(key, names, n=2, cutoff=0.7)
-    siblings = [n for n in names if n.rpartition(".")[0] == key.rpartition(".")[0]]
+    siblings = [n for n in names if n.rpartition(".")[0] == key.rpartition(".")[0] and "/" not in n]
     top = [n for n in names if "." not in n]
     hint = "did you mean " + " or ".join(map(repr, close)) + "?" if close else nearest(key, siblings or top)
     return LdmError("CONFIG", f"unknown key {key!r}", where=where, next=hint)

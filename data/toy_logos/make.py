@@ -104,7 +104,7 @@ ROOMS: dict[str, Point] = {
     "triangle": (0.40, 0.28),
     "star": (0.40, 0.08),
     "hexagon": (0.52, 0.0),
-    "cross": (0.38, 0.0),
+    "cross": (0.42, 0.0),
     "heart": (0.44, -0.08),
 }
 PAIR_LAYOUTS = ("left_right", "above_below", "inside")

@@ -62,13 +62,13 @@ class BadSamples:
             for report in by_slot.get(int(slot), ()):
                 self.record(report)
             self._consecutive = 0
-        while self._recent and self._recent[0][0] <= self._seen - self.window:
-            self._recent.popleft()
 
     def record(self, report: Bad) -> None:
         self.counts[report.kind] += 1
         self._consecutive += 1
         self._recent.append((self._seen, report))
+        while self._recent[0][0] <= self._seen - self.window:
+            self._recent.popleft()
         self.write(report)
         if self._consecutive > self.max_consecutive or len(self._recent) > self.max_fraction * self.window:
             raise self._exceeded()

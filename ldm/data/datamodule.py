@@ -15,10 +15,11 @@ from torch import Tensor
 
 from ldm.data import paths
 from ldm.data.bad_samples import Bad, BadSamples, budget_error
-from ldm.data.loader import Stream
+from ldm.data.index import BAD_KINDS
+from ldm.data.loader import FiniteStream, Stream
 from ldm.data.order import Order, check_cut
 from ldm.data.pipeline import PassPlan, Plan, TrainPlan, stages
-from ldm.data.shards import BAD_KINDS, Dataset, open_dataset
+from ldm.data.shards import Dataset, open_dataset
 from ldm.data.transforms import Transform
 from ldm.errors import LdmError
 from ldm.random import run_key
@@ -71,7 +72,11 @@ class DataModule(pl.LightningDataModule):
         self.max_bad_fraction, self.max_consecutive_bad, self.strict = max_bad_fraction, max_consecutive_bad, strict
         self.caption_prefix, self.caption_suffix = caption_prefix, caption_suffix
         self.val_fraction, self.max_val_samples = val_fraction, max_val_samples
-        self._opening = {"index_dir": index_dir, "on_missing_caption": on_missing_caption, "on_truncated": on_truncated}
+        self._opening: dict[str, Any] = {
+            "index_dir": index_dir,
+            "on_missing_caption": on_missing_caption,
+            "on_truncated": on_truncated,
+        }
         self._sets: dict[str, Dataset | None] = {}
         self._moments: dict[str, Moments] = {}
         self._run: dict[str, Any] = {}
@@ -88,7 +93,7 @@ class DataModule(pl.LightningDataModule):
 
     def _open_splits(self) -> tuple[Dataset, Dataset | None]:
         train = open_dataset(self.path, split="train", **self._opening)
-        own = {} if self.val_path is None else {"where": "data.val_path"}
+        own: dict[str, Any] = {} if self.val_path is None else {"where": "data.val_path"}
         source = self.path if self.val_path is None else self.val_path
         if self.val_path is not None or paths.has_val_shards(source):
             split = "val" if paths.has_val_shards(source) else None
@@ -134,9 +139,15 @@ class DataModule(pl.LightningDataModule):
         return val.num_samples if val is not None else 0
 
     @property
+    def problems(self) -> Counter[str]:
+        """What the index of the training data left out or remarked on, by kind."""
+        return self.dataset("train").problems
+
+    @property
     def manifest(self) -> list[tuple[str, str]]:
         """(name, sha256) of every shard of both splits."""
-        return [row for found in self.open()._sets.values() if found is not None for row in found.manifest]
+        found = [dataset for dataset in self.open()._sets.values() if dataset is not None]
+        return list(dict.fromkeys(row for dataset in found for row in dataset.manifest))
 
     @property
     def manifest_hash(self) -> str:
@@ -257,7 +268,8 @@ class DataModule(pl.LightningDataModule):
             moments=moments,
             usable=usable,
         )
-        return Stream(pipeline, ledger=ledger, **self._configured()["loading"])
+        kind = Stream if plan.num_batches is None else FiniteStream
+        return kind(pipeline, ledger=ledger, **self._configured()["loading"])
 
     def _configured(self) -> dict[str, Any]:
         if not self._run:

@@ -143,7 +143,8 @@ def _colour_transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform |
         source = ImageCms.ImageCmsProfile(BytesIO(profile))
         if "srgb" in ImageCms.getProfileDescription(source).lower():
             return None
-        return ImageCms.ImageCmsTransform(source, ImageCms.createProfile("sRGB"), mode, target)
+        srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
+        return ImageCms.ImageCmsTransform(source, srgb, mode, target)
     except (ImageCms.PyCMSError, *_MALFORMED):
         return None
 

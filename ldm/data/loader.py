@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-import multiprocessing
 import os
 import shutil
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from itertools import count
-from multiprocessing.context import BaseContext
 from typing import Any
 
 import torch
@@ -21,6 +20,8 @@ from ldm.data.pipeline import Plan, Source
 from ldm.errors import TEMPORARY, LdmError
 from ldm.types import Batch
 
+# Forked workers share the index and the moments, and start at once. They are single-threaded and never touch CUDA.
+START_METHOD = "fork" if sys.platform == "linux" else "spawn"
 _PR_SET_PDEATHSIG = 1
 _GRACE_S = 30  # for a worker after SIGTERM: the trainer finishes its step and saves, and needs batches until then
 
@@ -36,6 +37,7 @@ class Stream:
         num_workers: int = 0,
         timeout_s: float = 300,
         pin_memory: bool = False,
+        start_method: str = START_METHOD,
     ) -> None:
         self.source: Source = pipeline.stage(0)
         self.ledger = ledger
@@ -46,11 +48,9 @@ class Stream:
             timeout=timeout_s if num_workers else 0,
             persistent_workers=num_workers > 0,
             pin_memory=pin_memory,
-            multiprocessing_context=_context() if num_workers else None,
+            multiprocessing_context=start_method if num_workers else None,
             worker_init_fn=_start_worker if num_workers else None,
         )
-        if self.source.plan.num_batches is not None:
-            self.__class__ = _FiniteStream
 
     def __iter__(self) -> Iterator[Batch]:
         plan, batches = self.source.plan, self._batches()
@@ -60,37 +60,67 @@ class Stream:
                 self.ledger.update(batch.slots.tolist(), reports)
             yield batch
 
-    def _batches(self) -> Iterator[Any]:
-        j = self.source.start
-        try:
-            for item in self.loader:
-                yield item
-                j += 1
-        except RuntimeError as error:
-            lost = "exited unexpectedly" in str(error) or "is killed by signal" in str(error)
-            if not lost and "timed out" not in str(error):
-                raise
-            raise self._lost(j, str(error).splitlines()[0], lost) from error
+    def close(self) -> None:
+        """End the worker processes now instead of at the interpreter's exit."""
+        self.loader._iterator = None
 
-    def _lost(self, j: int, words: str, lost: bool) -> LdmError:
-        dataset = self.source.dataset
-        ids = self.source.plan.ids(j).tolist()
+    def _batches(self) -> Iterator[Any]:
+        items = iter(self.loader)
+        self._position = self.source.start
+        if self.loader.num_workers:
+            self._translate_child_signals()
+        try:
+            for item in items:
+                yield item
+                self._position += 1
+        except RuntimeError as error:
+            if "exited unexpectedly" not in str(error) and "timed out" not in str(error):
+                raise
+            raise self._lost(error) from error
+
+    def _translate_child_signals(self) -> None:
+        """A killed worker ends the run with our words, once, wherever the main thread is.
+
+        torch's handler of SIGCHLD notices the death at once, raises a bare RuntimeError in whatever code runs, and
+        does so again at every later child's end.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            return
+        handler = signal.getsignal(signal.SIGCHLD)
+        torchs: Any = getattr(handler, "torchs", handler)
+        if not callable(torchs):
+            return
+        told = False
+
+        def on_child(number: int, frame: Any) -> None:
+            nonlocal told
+            try:
+                torchs(number, frame)
+            except RuntimeError as error:
+                if not told:
+                    told = True
+                    raise self._lost(error) from None
+
+        on_child.torchs = torchs  # type: ignore[attr-defined]
+        signal.signal(signal.SIGCHLD, on_child)
+
+    def _lost(self, error: RuntimeError) -> LdmError:
+        dataset, ids = self.source.dataset, self.source.plan.ids(self._position).tolist()
         shards = ", ".join(sorted({dataset.shard_name(i) for i in ids})[:4])
         free = shutil.disk_usage("/dev/shm").free >> 20 if os.path.isdir("/dev/shm") else 0
-        advice = (
-            "likely out of memory: set loader.num_workers lower" if lost else "slow disk, or loader.timeout_s too low"
-        )
+        slow = "timed out" in str(error)
+        cause = "slow disk, or loader.timeout_s too low" if slow else "likely out of memory: lower loader.num_workers"
         return LdmError(
             "LOADER",
-            words,
-            where=f"micro-batch {j}, from {dataset.keys[ids[0]]!r} in {shards}",
+            str(error).splitlines()[0],
+            where=f"micro-batch {self._position}, from {dataset.keys[ids[0]]!r} in {shards}",
             limit=f"{free} MB of shared memory free",
-            next=f"{advice}; rerun the same command to resume",
+            next=f"{cause}; rerun the same command to resume",
             exit_code=TEMPORARY,
         )
 
 
-class _FiniteStream(Stream):
+class FiniteStream(Stream):
     """A stream with a length; an endless one must not have `__len__`, or trainers take it for an epoch."""
 
     def __len__(self) -> int:
@@ -111,13 +141,6 @@ def check_slots(batch: Batch, plan: Plan, j: int) -> None:
             next="a stage between source and batches must return exactly one sample for each it gets",
             exit_code=1,
         )
-
-
-def _context() -> BaseContext:
-    """Workers come from a server process, so that they never inherit the trainer's threads, locks or CUDA context."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["ldm.data.loader", "webdataset"])
-    return context
 
 
 def _start_worker(worker_id: int) -> None:

@@ -37,7 +37,8 @@ Raw = dict[str, Any]
 class Plan(Protocol):
     """Which samples make up micro-batch j. `num_batches` is None for an endless plan."""
 
-    num_batches: int | None
+    @property
+    def num_batches(self) -> int | None: ...
 
     def slots(self, j: int) -> Ids: ...
 

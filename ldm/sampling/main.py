@@ -7,13 +7,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from ldm import __version__
 from ldm.build import build
 from ldm.data.decode import BadSample, decode_image
-from ldm.data.transforms import resize_and_crop, to_tensor
+from ldm.data.transforms import to_images
 from ldm.errors import LdmError
 from ldm.model import LatentDiffusion
 from ldm.sampling.outputs import captioned_grid, save_png, strip, to_uint8
@@ -138,7 +140,7 @@ def load_image(path: str, height: int, width: int) -> Tensor:
         raise LdmError("IMAGE", f"cannot read the picture: {error.strerror}", where=path) from error
     except BadSample as error:
         raise LdmError("IMAGE", f"not a usable picture: {error}", where=path) from error
-    return to_tensor(resize_and_crop(image, height, width))[None]
+    return to_images([np.asarray(ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC))])
 
 
 def refuse_non_finite(pictures: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""`python -m ldm doctor [key=value ...]`: one line for everything a run depends on. Changes nothing.
+"""`python -m ldm doctor [key=value ...]`: one line for everything a run depends on.
 
 torch is imported in a process of its own, so that a broken installation is a line and not a traceback.
 """
@@ -120,28 +120,23 @@ def _configuration(argv: Sequence[str]) -> Iterator[Finding]:
         yield from (("FAIL", "configuration", line) for line in error.line().splitlines())
         return
     yield "ok", "configuration", f"composes; run folder {cfg.get('output_dir')}/{cfg.get('name')}"
-    path = (cfg.get("data") or {}).get("path")
+    yield _dataset((cfg.get("data") or {}).get("path"))
+
+
+def _dataset(path: Any) -> Finding:
     if path is None:
-        yield "warn", "data", "data.path is not set"
-    elif not Path(path).exists():
-        toy = "toy_logos" in str(path)
-        yield (
-            "warn",
-            "data",
-            f"{path} does not exist; " + ("run python data/toy_logos/make.py" if toy else "set data.path"),
-        )
-    else:
-        yield _dataset(str(path))
-
-
-def _dataset(path: str) -> Finding:
+        return "warn", "data", "data.path is not set"
+    if "toy_logos" in str(path) and not Path(path).exists():
+        return "warn", "data", f"{path} does not exist yet; run python data/toy_logos/make.py"
     from ldm.data.shards import open_dataset
 
     try:
-        open_dataset(path)
+        dataset = open_dataset(path)
     except LdmError as error:
         return "FAIL", "data", error.line()
-    return "ok", "data", f"{path} can be read"
+    problems = ", ".join(f"{count} {kind}" for kind, count in dataset.problems.items())
+    words = f"{dataset.num_samples} samples in {len(dataset.shards)} shards at {path}"
+    return "warn" if problems else "ok", "data", words + (f"; left out: {problems}" if problems else "")
 
 
 def _logging() -> Iterator[Finding]:

@@ -67,7 +67,7 @@ class AutoencoderModule(StageModule):
 
     def finish(self) -> None:
         """Latent statistics of the averaged weights over the training set."""
-        loader = self.trainer.datamodule.encode_dataloader("train", batch_size=64)  # type: ignore[attr-defined]
+        loader = self.trainer.datamodule.encode_dataloader("train", batch_size=64, sharded=True)  # type: ignore[attr-defined]
         if self.step.ema is None:
             measure_statistics(self.autoencoder, loader)
             return

@@ -58,12 +58,13 @@ class DiffusionModule(StageModule):
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         channels, height, width = self.model.latent_shape(self.model.image_size, self.model.image_size)
         megabytes = (data.num_train + data.num_val) * 2 * channels * height * width * 4 / 2**20
-        if megabytes > self.cache_latents_mb or not data.deterministic:
+        if megabytes > self.cache_latents_mb or data.transform != data.transform.without_chance():
             return
         tables = []
         for split, count in (("train", data.num_train), ("val", data.num_val)):
-            loader = data.encode_dataloader(split, batch_size=64) if count else []
-            tables.append(encode_dataset(self.model.autoencoder, loader, count) if count else None)
+            if count:
+                loader = data.encode_dataloader(split, batch_size=64, sharded=True)
+                tables.append(encode_dataset(self.model.autoencoder, loader, count))
         data.use_moments(*tables)
 
     def loss(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:

@@ -186,6 +186,7 @@ def run_stage(cfg: Config, trusted: tuple[str, ...], stage: str, folder: Path, p
     if checkpoint is not None:
         _check_drift(checkpoint, fingerprint, environment, cfg["resume"]["allow"], place)
         module.resume_from(checkpoint)
+        data.ledger.load_state_dict(checkpoint.document("state")["bad_samples"])
         if place.rank == 0:
             for log_file in (paths.metrics, paths.nonfinite):
                 truncate_jsonl(log_file, "train/step", start_step)
@@ -219,7 +220,6 @@ def run_stage(cfg: Config, trusted: tuple[str, ...], stage: str, folder: Path, p
     finally:
         if monitor is not None:
             monitor.close()
-    data.close()
     if stop.received is not None and module.step.train_step < module.settings.max_steps:
         raise Stopped(stop.received, module.step.train_step)
 

@@ -115,6 +115,8 @@ class StageModule(pl.LightningModule):
             names = self._micro_logs[0]
             self.logs = {k: float(torch.stack([m[k] for m in self._micro_logs]).mean()) for k in names}
             self._micro_logs = []
+            if self.outcome.stop or self.step.train_step >= self.settings.max_steps:
+                self.trainer.should_stop = True
 
     # the state
 

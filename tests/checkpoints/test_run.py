@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import yaml
@@ -18,11 +17,9 @@ HOLDER = """
 import os, sys, time
 from ldm.checkpoints.run import open_run
 run = open_run(sys.argv[1], "a")
-if "fork" in sys.argv and os.fork() == 0:
-    print(os.getpid(), flush=True)
-    time.sleep(60)
-    os._exit(0)
-print("locked", flush=True)
+child = os.fork() if "fork" in sys.argv else None
+if child != 0:
+    print(child or "locked", flush=True)
 time.sleep(60)
 """
 
@@ -65,7 +62,7 @@ def test_the_second_process_is_refused_until_the_holder_is_killed(tmp_path, capl
 
 def test_a_forked_child_that_survives_does_not_keep_the_lock(tmp_path):
     holder = hold(tmp_path, "fork")
-    child = int(next(line for line in (holder.stdout.readline() for _ in range(2)) if line != "locked\n"))
+    child = int(holder.stdout.readline())
     try:
         holder.kill()
         holder.wait()
@@ -256,6 +253,5 @@ def test_numbers_that_json_lacks_become_gaps(tmp_path):
 
 
 def test_a_log_that_cannot_be_written_stops_nothing(caplog):
-    start = time.perf_counter()
     assert append_jsonl("/dev/full", {"train_step": 1}) is False
-    assert "No space left" in caplog.text and time.perf_counter() - start < 0.05
+    assert "No space left" in caplog.text

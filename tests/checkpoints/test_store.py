@@ -95,7 +95,7 @@ def test_documents_are_plain_json(ckpt, document):
 @pytest.mark.parametrize("tensor", [torch.eye(2).to_sparse(), torch.empty(2, device="meta")], ids=["sparse", "meta"])
 def test_tensors_that_cannot_be_saved_are_named(ckpt, tensor):
     for what in ({"tensors": {"x": {"odd": tensor}}, "trees": {}}, {"tensors": {}, "trees": {"x": {"odd": tensor}}}):
-        with pytest.raises(LdmError, match="safetensors cannot hold this tensor .*; odd"):
+        with pytest.raises(LdmError, match=r"safetensors cannot hold this tensor .*; odd"):
             ckpt.save(1, **what, documents={})
     assert ckpt.steps() == [] and leftovers(ckpt.folder) == []
 
@@ -319,6 +319,14 @@ def test_space_can_be_checked_at_the_start(ckpt):
     ckpt.check_space(1000)
     with pytest.raises(SaveFailed, match=r"need 1200000000.0 GB, have .* GB; free space and rerun"):
         ckpt.check_space(10**18)
+
+
+def test_without_space_no_byte_is_written(ckpt, monkeypatch):
+    save(ckpt, 1)
+    monkeypatch.setattr(ckpt, "_free", lambda: 9_000)
+    monkeypatch.setattr(store, "_write", lambda *_: pytest.fail("written all the same"))
+    with pytest.raises(SaveFailed, match=r"need 1\d\.\d kB, have 9 kB"):
+        save(ckpt, 2)
 
 
 def test_leftovers_of_the_dead_are_removed(ckpt):

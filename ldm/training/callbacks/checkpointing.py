@@ -63,7 +63,7 @@ class Checkpointing(pl.Callback):
         failure: SaveFailed | None = None
         if trainer.is_global_zero:
             try:
-                self._commit(module, finished)
+                self._commit(trainer, module, finished)
             except SaveFailed as error:
                 failure = error
         failure = trainer.strategy.broadcast(failure)  # also the barrier: nobody leaves before the commit
@@ -74,7 +74,7 @@ class Checkpointing(pl.Callback):
             if finished or self._failed >= self.max_failed_saves:
                 raise failure
 
-    def _commit(self, module: StageModule, finished: bool) -> None:
+    def _commit(self, trainer: pl.Trainer, module: StageModule, finished: bool) -> None:
         results = self.validation.results
         self.store.save(
             module.step.train_step,
@@ -84,10 +84,11 @@ class Checkpointing(pl.Callback):
                 "state": {
                     **module.step.state(),
                     **module.describe(),
+                    "bad_samples": trainer.datamodule.ledger.state_dict(module.step.samples_seen),  # type: ignore[attr-defined]
                     "finished": finished,
                     "fingerprint": self.fingerprint,
                     "environment": self.environment,
-                    "versions": {"ldm": __version__, "torch": torch.__version__, "python": platform.python_version()},
+                    "versions": {"ldm": __version__, "torch": str(torch.__version__), "python": platform.python_version()},
                 },
                 "config": module.document(),
             },
