@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ldm.config import CONFIGS, compose, key_of, sweep_axes, trusted_targets
-from ldm.errors import INTERRUPTED, REFUSED, UNCLASSIFIED, LdmError, nearest
+from ldm.errors import INTERRUPTED, REFUSED, TERMINATED, UNCLASSIFIED, LdmError, nearest
 from ldm.validate import validate
 
 Main = Callable[[dict[str, Any], tuple[str, ...]], int | None]
@@ -71,7 +71,8 @@ def handled(
         failure.__cause__ = error
     text = "".join(traceback.format_exception(failure.__cause__ or failure))
     home = folder()
-    if failure.exit_code != REFUSED and home and home.is_dir():
+    wanted = failure.exit_code not in (REFUSED, INTERRUPTED, TERMINATED)
+    if wanted and home and home.is_dir():
         with suppress(OSError):  # a full disk must not hide the line below
             (home / "errors").mkdir(exist_ok=True)
             (home / "errors" / f"rank{os.environ.get('RANK', '0')}.txt").write_text(text)

@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ VERBATIM = ("prompt", "negative_prompt", "prompts_file")  # any text, never pars
 _CONSTRUCTED_BY_HYDRA = ("callbacks", "launcher", "sweeper", "hydra_logging", "job_logging")
 _MAX_FILE_BYTES = 1_000_000
 _Tree = dict[str, Any]
-_Compose = Callable[..., Any]
+_Compose = Callable[[Sequence[str]], Any]
 
 
 def compose(config_name: str, argv: Sequence[str], *, config_dir: Path = CONFIGS) -> dict[str, Any]:
@@ -42,10 +43,11 @@ def compose(config_name: str, argv: Sequence[str], *, config_dir: Path = CONFIGS
         raise_all(problems + _check_groups(groups, config_dir))  # without its groups the tree says little about keys
         values = [(w, o) for w, o in parsed if (w, o) not in groups]
         choices = [f"~{w.split('=')[0]}" if o.value() is None and not o.is_delete() else w for w, o in groups]
-        tree = _plain(compose_with(choices))
+        whole = compose_with(choices)
+        tree = _plain(whole)
         raise_all(_check_keys(values, texts, tree) + _check_overlays(tree, compose_with, config_dir))
-        whole = compose_with(choices + [w for w, _ in values])
-        _check_hydra_node(whole.pop("hydra"), compose_with, words)
+        whole = compose_with(choices + [w for w, _ in values]) if values else whole
+        _check_hydra_node(whole.pop("hydra"), words)
         return {**_resolve(whole), **texts}
 
 
@@ -96,9 +98,9 @@ def _hydra(config_name: str, config_dir: Path) -> Iterator[_Compose]:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    def compose_with(words: Sequence[str], name: str | None = config_name) -> Any:
+    def compose_with(words: Sequence[str]) -> Any:
         try:
-            tree = compose(name, list(words), return_hydra_config=True)
+            tree = compose(config_name, list(words), return_hydra_config=True)
         except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
             text = re.split("Config search path|Set the environment variable", str(error))[0]
             raise LdmError("CONFIG", " ".join(text.split()), where=f"{config_name}.yaml") from error
@@ -254,14 +256,20 @@ def _check_overlays(tree: _Tree, compose_with: _Compose, config_dir: Path) -> li
     return problems
 
 
-def _check_hydra_node(node: Any, compose_with: _Compose, words: Sequence[str]) -> None:
+def _check_hydra_node(node: Any, words: Sequence[str]) -> None:
     """What Hydra would construct by itself must be Hydra's own, unless this command line said otherwise."""
-    said = [w for w in words if re.match(r"[+~]*hydra[./@]", w)]
-    packaged = compose_with(said, None)["hydra"]
+    packaged = _packaged_hydra_node(tuple(w for w in words if re.match(r"[+~]*hydra[./@]", w)))
     for name in _CONSTRUCTED_BY_HYDRA:
-        if _plain(node[name]) != _plain(packaged[name]):
+        if _plain(node[name]) != packaged[name]:
             what = "a file may not set what Hydra constructs"
             raise LdmError("CONFIG", what, where=f"hydra.{name}", next="remove it from the file")
+
+
+@cache
+def _packaged_hydra_node(words: tuple[str, ...]) -> _Tree:
+    from hydra import compose
+
+    return _plain(compose(None, list(words), return_hydra_config=True)["hydra"])
 
 
 def _choices(tree: _Tree) -> dict[str, Any]:

@@ -73,7 +73,7 @@ def _one_line(text: str) -> str:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """"did you mean 'x'" for a typo, or the list of what exists when nothing is near."""
+    """Words for a typo: did you mean 'x'? Or the list of what exists when nothing is near."""
     names = sorted(str(k) for k in known)
     close = get_close_matches(str(name), names, n=2, cutoff=0.55)
     if close:

@@ -1,6 +1,8 @@
 """The words and codes of failures."""
 
 import pickle
+import re
+from pathlib import Path
 
 import pytest
 
@@ -54,3 +56,12 @@ def test_check_and_pick():
     assert pick({"euler": 1}, "euler", kind="sampler") == 1
     with pytest.raises(LdmError, match="unknown sampler 'eular'; did you mean 'euler'"):
         pick({"euler": 1}, "eular", kind="sampler")
+
+
+def test_every_code_is_documented():
+    root = Path(__file__).parents[1]
+    documented = set(re.findall(r"^\| `([A-Z-]+)` \|", (root / "docs" / "errors.md").read_text(), re.MULTILINE))
+    pattern = r'(?:LdmError|super\(\)\.__init__|errors\.check)\(\s*"([A-Z][A-Z-]+)"'
+    used = {code for path in (root / "ldm").rglob("*.py") for code in re.findall(pattern, path.read_text())}
+    assert len(used) > 10
+    assert used - documented == set()

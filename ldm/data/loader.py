@@ -8,6 +8,7 @@ import shutil
 import signal
 import sys
 import threading
+import weakref
 from collections.abc import Iterator
 from itertools import count
 from typing import Any
@@ -51,6 +52,7 @@ class Stream:
             multiprocessing_context=start_method if num_workers else None,
             worker_init_fn=_start_worker if num_workers else None,
         )
+        self._end_workers = weakref.finalize(self, _end_workers, self.loader)
 
     def __iter__(self) -> Iterator[Batch]:
         plan, batches = self.source.plan, self._batches()
@@ -61,8 +63,8 @@ class Stream:
             yield batch
 
     def close(self) -> None:
-        """End the worker processes now instead of at the interpreter's exit."""
-        self.loader._iterator = None
+        """End the worker processes now. Otherwise they end with the stream, or before the interpreter exits."""
+        self._end_workers()
 
     def _batches(self) -> Iterator[Any]:
         items = iter(self.loader)
@@ -90,16 +92,17 @@ class Stream:
         torchs: Any = getattr(handler, "torchs", handler)
         if not callable(torchs):
             return
-        told = False
+        told, stream = False, weakref.ref(self)
 
         def on_child(number: int, frame: Any) -> None:
             nonlocal told
             try:
                 torchs(number, frame)
             except RuntimeError as error:
-                if not told:
+                owner = stream()
+                if owner is not None and not told:
                     told = True
-                    raise self._lost(error) from None
+                    raise owner._lost(error) from None
 
         on_child.torchs = torchs  # type: ignore[attr-defined]
         signal.signal(signal.SIGCHLD, on_child)
@@ -141,6 +144,12 @@ def check_slots(batch: Batch, plan: Plan, j: int) -> None:
             next="a stage between source and batches must return exactly one sample for each it gets",
             exit_code=1,
         )
+
+
+def _end_workers(loader: DataLoader) -> None:
+    if loader._iterator is not None:  # exists for persistent workers only
+        loader._iterator._shutdown_workers()  # type: ignore[attr-defined]
+        loader._iterator = None
 
 
 def _start_worker(worker_id: int) -> None:

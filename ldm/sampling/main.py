@@ -31,9 +31,8 @@ def sample(cfg: Mapping[str, Any], trusted: tuple[str, ...] = ()) -> None:
     prompts = read_prompts(cfg)
     device = choose_device(cfg["device"])
     model = LatentDiffusion.load(cfg["run"], weights=cfg["weights"], device=device)
-    # the run's own sampler unless the command line chose one
-    node = cfg["sampler"] if cfg["sampler"] is not None else model.sampler
-    sampling: Sampling = build({**node, **{k: v for k, v in cfg["override"].items() if v is not None}}, trusted=trusted)
+    node = choose_sampler(cfg["sampler"], model)
+    sampling: Sampling = build(node, where="sampler", trusted=trusted)
     height, width = cfg["height"] or model.image_size, cfg["width"] or model.image_size
     model.latent_shape(height, width)  # refuses a size that does not fit before anything is written
     start = load_image(cfg["image"], height, width) if cfg["image"] is not None else None
@@ -92,6 +91,13 @@ def sample(cfg: Mapping[str, Any], trusted: tuple[str, ...] = ()) -> None:
     truncated = getattr(getattr(model.conditioner, "tokenizer", None), "truncated", 0)
     if truncated:
         print(f"{truncated} prompts were longer than {model.conditioner.tokenizer.length} tokens and were cut")
+
+
+def choose_sampler(node: Mapping[str, Any], model: LatentDiffusion) -> dict[str, Any]:
+    """The sampler of the command line, or the run's own with the command line's values in it."""
+    if node["function"] is not None:
+        return dict(node)
+    return {**(model.sampler or {}), **{key: value for key, value in node.items() if value is not None}}
 
 
 def read_prompts(cfg: Mapping[str, Any]) -> list[str]:

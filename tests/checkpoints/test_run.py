@@ -224,13 +224,14 @@ def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_resume_leaves_each_step_once(tmp_path):
+@pytest.mark.parametrize("torn", [b'{"train_step": 8, "lo', b'{"train_step": 5}', b"\xff"])
+def test_resume_leaves_each_step_once(tmp_path, torn):
     path = tmp_path / "metrics.jsonl"
     for step in range(1, 8):
         assert append_jsonl(path, {"train_step": step, "loss": 1 / step, "life": 1})
     append_jsonl(path, {"note": "no step"})
     with open(path, "ab") as file:
-        file.write(b'{"train_step": 8, "lo')  # torn by a kill
+        file.write(torn)  # by a kill: no line end
     assert truncate_jsonl(path, "train_step", 5) == 3
     for step in (6, 7):
         append_jsonl(path, {"train_step": step, "life": 2})

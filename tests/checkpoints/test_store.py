@@ -7,7 +7,6 @@ import resource
 import shutil
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -205,10 +204,11 @@ try:
 except Exception as error:
     print(error, sorted({{'torch', 'safetensors', 'numpy'}} & set(sys.modules)))
 """
-    start = time.perf_counter()
+    start = os.times()
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert "error[CKPT-INVALID]: model.safetensors" in shown and shown.endswith("[]\n")
-    assert time.perf_counter() - start < 2
+    now = os.times()  # of the child's own work: this machine may be busy
+    assert now.children_user + now.children_system - start.children_user - start.children_system < 2
 
 
 # ---- choice
