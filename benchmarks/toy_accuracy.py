@@ -158,7 +158,7 @@ def load_judge(folder: Path = Path("runs/judge")) -> Judge:
 
 
 def require_able(scores: Mapping[str, Rates]) -> None:
-    """Refuses a judge that misreads real pictures of held-out combinations. scores: by `score`, of real pictures."""
+    """Refuses a judge that misreads real pictures of held-out combinations. scores: by `measure`."""
     got = {
         "one mark, shape": scores["one"]["shape"],
         "two marks, shapes": scores["two"]["shapes"],
@@ -170,7 +170,7 @@ def require_able(scores: Mapping[str, Rates]) -> None:
         "JUDGE",
         "the judge misreads real pictures",
         limit=f"at least {JUDGE_FLOOR:.0%}, got " + ", ".join(f"{name} {rate:.1%}" for name, rate in low.items()),
-        next="delete runs/judge and run again",
+        next="delete runs/judge to train another; if that one fails too, raise num_steps of train_judge",
     )
 
 

@@ -1,6 +1,7 @@
 """Every test runs offline, on the CPU, on two threads, and leaves nothing behind."""
 
 import os
+from pathlib import Path
 
 os.environ.update(WANDB_MODE="disabled", HF_HUB_OFFLINE="1", WANDB_SILENT="true")
 
@@ -19,3 +20,9 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def configs() -> Path:
+    """The folder of the project's configuration."""
+    return Path(__file__).parent.parent / "configs"

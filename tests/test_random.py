@@ -59,7 +59,7 @@ def test_moments_and_independence():
     assert abs((draws[:-1] * draws[1:]).mean()) < 3 / n**0.5
     u = uniform(fold(run_key(3), Purpose.TIMESTEP, torch.arange(100_000)))
     assert abs(u.mean() - 0.5) < 3 / (12 * 100_000) ** 0.5
-    assert 0 <= u.min() and u.max() < 1
+    assert u.min() >= 0 and u.max() < 1
 
 
 def test_bits_prefix_is_stable():

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
-
-from ldm.models.autoencoder.kl import kl_divergence
 
 PIXEL_DISTANCES = ("l1", "l2")
 
@@ -34,6 +33,12 @@ class ReconstructionObjective:
         pixel = difference.abs().mean(1) if self.pixel == "l1" else difference.square().mean(1)
         kl = kl_divergence(moments)
         return {"loss": pixel + self.kl_weight * kl, "pixel": pixel, "kl": kl}
+
+
+def kl_divergence(moments: Tensor) -> Tensor:
+    """[B] KL from the posterior to a standard normal, in nats per latent value."""
+    mean, logvar = moments.float().chunk(2, dim=1)
+    return 0.5 * (mean**2 + torch.exp(logvar) - 1.0 - logvar).flatten(1).mean(1)
 
 
 def psnr(reconstruction: Tensor, images: Tensor) -> Tensor:

@@ -166,6 +166,7 @@ def test_errors_are_one_line(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # a minute on two free cores
 def test_the_real_judge_passes_its_floor():
     logos, _ = benchmark_logos(270, 180, seed=7)
     rates = measure(pictures(logos), logos, train_judge())

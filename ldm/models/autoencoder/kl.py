@@ -95,12 +95,6 @@ def posterior(moments: Tensor, noise: Tensor | None = None) -> Tensor:
     return mean if noise is None else mean + torch.exp(0.5 * logvar) * noise
 
 
-def kl_divergence(moments: Tensor) -> Tensor:
-    """[B] KL from the posterior to a standard normal, in nats per latent value."""
-    mean, logvar = moments.float().chunk(2, dim=1)
-    return 0.5 * (mean**2 + torch.exp(logvar) - 1.0 - logvar).flatten(1).mean(1)
-
-
 class _Middle(nn.Module):
     def __init__(self, channels: int, attention: bool, norm_groups: int) -> None:
         super().__init__()

@@ -88,7 +88,11 @@ class Checkpointing(pl.Callback):
                     "finished": finished,
                     "fingerprint": self.fingerprint,
                     "environment": self.environment,
-                    "versions": {"ldm": __version__, "torch": str(torch.__version__), "python": platform.python_version()},
+                    "versions": {
+                        "ldm": __version__,
+                        "torch": str(torch.__version__),
+                        "python": platform.python_version(),
+                    },
                 },
                 "config": module.document(),
             },
