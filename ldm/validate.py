@@ -47,7 +47,7 @@ _RULES: dict[str, Rule] = {
     "stage.*.batch_size": _whole(1),
     "stage.*.accumulate": _whole(1),
     "stage.*.grad_clip": _optional(_real(0, open_end=True)),
-    "stage.*.precision": _one_of("32", "bf16-mixed", "16-mixed"),
+    "stage.*.precision": _one_of("auto", "32", "bf16-mixed", "16-mixed"),
     "stage.*.optimizer": ("a mapping", lambda v: isinstance(v, dict)),
     "stage.*.optimizer.lr": _real(0, open_end=True),
     "stage.*.*_every": _optional(_whole(1)),

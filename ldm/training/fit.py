@@ -160,6 +160,8 @@ def run_stage(cfg: Config, trusted: tuple[str, ...], stage: str, folder: Path, p
     checkpoint = store.newest()
     micro_batch = per_device(settings_node["batch_size"], place.world_size, settings_node["accumulate"])
 
+    precision = choose_precision(str(settings_node["precision"]), cfg["trainer"]["accelerator"])
+
     data: DataModule = build(cfg["data"], where="data", trusted=trusted)
     data.open()
     start_step = checkpoint.document("state")["train_step"] if checkpoint else 0
@@ -174,10 +176,10 @@ def run_stage(cfg: Config, trusted: tuple[str, ...], stage: str, folder: Path, p
         timeout_s=cfg["loader"]["timeout_s"],
         bad_samples_file=paths.bad_samples if place.rank == 0 else None,
     )
-    module = build_module(cfg, trusted, stage, folder)
+    module = build_module(cfg, trusted, stage, folder, precision)
     fingerprint = _fingerprint(cfg, stage, data, module)
     environment = {
-        "precision": str(settings_node["precision"]),
+        "precision": precision,
         "device": cfg["trainer"]["accelerator"],
         "world_size": place.world_size,
         "micro_batch": micro_batch,
@@ -214,7 +216,7 @@ def run_stage(cfg: Config, trusted: tuple[str, ...], stage: str, folder: Path, p
         environment=environment,
     )
     callbacks = [StopClock(recorder), validation, samples, recorder, ProgressBar(recorder), checkpointing, stop]
-    trainer = make_trainer(cfg["trainer"], str(settings_node["precision"]), callbacks, folder, place)
+    trainer = make_trainer(cfg["trainer"], precision, callbacks, folder, place)
     try:
         trainer.fit(module, datamodule=data)
     finally:
@@ -222,6 +224,16 @@ def run_stage(cfg: Config, trusted: tuple[str, ...], stage: str, folder: Path, p
             monitor.close()
     if stop.received is not None and module.step.train_step < module.settings.max_steps:
         raise Stopped(stop.received, module.step.train_step)
+
+
+def choose_precision(wanted: str, accelerator: str) -> str:
+    """ "auto": bfloat16 where the hardware computes in it, else float32."""
+    if wanted != "auto":
+        return wanted
+    if accelerator in ("gpu", "cuda"):
+        return "bf16-mixed" if torch.cuda.is_bf16_supported() else "32"
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bf16-mixed" if native else "32"
 
 
 def make_trainer(node: Config, precision: str, callbacks: list[pl.Callback], folder: Path, place: Place) -> pl.Trainer:
@@ -268,7 +280,9 @@ def make_trainer(node: Config, precision: str, callbacks: list[pl.Callback], fol
     )
 
 
-def build_module(cfg: Config, trusted: tuple[str, ...], stage: str, folder: Path) -> StageModule:
+def build_module(
+    cfg: Config, trusted: tuple[str, ...], stage: str, folder: Path, precision: str = "32"
+) -> StageModule:
     """The LightningModule of a stage, freshly initialised or with the weights of `init_from`."""
     node = cfg["stage"][stage]
     settings = StageSettings(
@@ -279,7 +293,7 @@ def build_module(cfg: Config, trusted: tuple[str, ...], stage: str, folder: Path
         ema_half_life_images=node["ema"]["half_life_images"] if node["ema"] else None,
         accumulate=node["accumulate"],
         grad_clip=node["grad_clip"],
-        precision=str(node["precision"]),
+        precision=precision,
         seed=cfg["seed"],
     )
     # initial weights are a function of seed and stage, whatever ran before in this process
@@ -401,7 +415,7 @@ def _announce(stage: str, module: StageModule, node: Config, place: Place, micro
     print(
         f"{stage}: {count / 1e6:.1f} M parameters, {data.num_train} training and {data.num_val} validation pictures, "
         f"{node['max_steps']} steps of {node['batch_size']} images "
-        f"({place.world_size} x {micro_batch} x {node['accumulate']}), precision {node['precision']}",
+        f"({place.world_size} x {micro_batch} x {node['accumulate']}), precision {module.settings.precision}",
         flush=True,
     )
 

@@ -16,6 +16,7 @@ from ldm.training.callbacks.validation import Validation
 from ldm.training.stage_module import StageModule
 
 log = logging.getLogger(__name__)
+VERSIONS = {"ldm": __version__, "torch": str(torch.__version__), "python": platform.python_version()}
 
 
 class Checkpointing(pl.Callback):
@@ -88,11 +89,7 @@ class Checkpointing(pl.Callback):
                     "finished": finished,
                     "fingerprint": self.fingerprint,
                     "environment": self.environment,
-                    "versions": {
-                        "ldm": __version__,
-                        "torch": str(torch.__version__),
-                        "python": platform.python_version(),
-                    },
+                    "versions": VERSIONS,
                 },
                 "config": module.document(),
             },
