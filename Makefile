@@ -7,9 +7,7 @@ READY := .venv/.ready-$(shell cat pyproject.toml constraints.txt | cksum | cut -
 .PHONY: demo test test-full soak lint types clean env
 
 demo: env
-	$(PY) data/toy_logos/make.py
-	$(PY) train.py experiment=demo
-	$(PY) sample.py prompt="a red star on a blue ground"
+	@$(PY) -m ldm.tools.demo
 
 test: env
 	$(PY) -m pytest -q -m "not slow and not gpu"

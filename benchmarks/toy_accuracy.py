@@ -38,6 +38,7 @@ from data.toy_logos.make import (
     held_out_logo,
     render,
 )
+from ldm.checkpoints.run import find_run
 from ldm.errors import LdmError, check, nearest
 
 Generate = Callable[[list[str], list[int]], np.ndarray]
@@ -396,28 +397,21 @@ def _wrap(text: str, draw: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont, wi
 # ---- the model: the only place that knows how a run makes pictures
 
 
-def run_folder(path: Path) -> Path:
-    """The folder that `path` is, or that the pointer file `path` (runs/LATEST) names beside itself."""
-    check(path.exists(), "RUN", "no such run", where=str(path), next="train first: make demo")
-    return path.parent / path.read_text().strip() if path.is_file() else path
-
-
 def open_run(path: Path, steps: int, guidance_scale: float) -> tuple[Generate, Reconstruct]:
     """The two functions that the benchmark needs, from a run's folder."""
+    from ldm.build import build
     from ldm.model import LatentDiffusion
     from ldm.sampling.tasks import text_to_image
 
     model = LatentDiffusion.load(path)
+    sampling = build({**(model.sampler or {}), "steps": steps, "guidance_scale": guidance_scale}, where="sampler")
 
     def to_pixels(x: Tensor) -> np.ndarray:
         return ((x.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
     def generate(prompts: list[str], seeds: list[int]) -> np.ndarray:
         batches = [slice(i, i + 64) for i in range(0, len(prompts), 64)]
-        sampler = {"steps": steps, "guidance_scale": guidance_scale}
-        return np.concatenate(
-            [to_pixels(text_to_image(model, prompts[b], seeds[b], sampler_config=sampler)) for b in batches]
-        )
+        return np.concatenate([to_pixels(text_to_image(model, prompts[b], seeds[b], sampling)) for b in batches])
 
     def reconstruct(images: np.ndarray) -> np.ndarray:
         x = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
@@ -428,7 +422,7 @@ def open_run(path: Path, steps: int, guidance_scale: float) -> tuple[Generate, R
 
 
 def main(arguments: Sequence[str]) -> None:
-    options = {"run": Path("runs/LATEST"), "seeds": 3, "steps": 25, "guidance_scale": 3.0}
+    options = {"run": "", "seeds": 3, "steps": 25, "guidance_scale": 3.0}
     for argument in arguments:
         key, _, value = argument.partition("=")
         check(key in options, "CONFIG", f"unknown key {key!r}", next=nearest(key, options))
@@ -437,7 +431,7 @@ def main(arguments: Sequence[str]) -> None:
         except ValueError as problem:
             raise LdmError("CONFIG", f"cannot read {argument!r}", limit=str(problem)) from None
     check(options["seeds"] >= 1, "CONFIG", "no seeds to sample with", where="seeds", next="give seeds=1 or more")
-    run = run_folder(options["run"])
+    run = find_run(options["run"] or None)
 
     generate, reconstruct = open_run(run, options["steps"], options["guidance_scale"])
     report, images = run_benchmark(generate, reconstruct, load_judge(), range(options["seeds"]))

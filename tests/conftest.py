@@ -9,6 +9,7 @@ import pytest
 import torch
 
 torch.set_num_threads(2)
+CONFIGS = Path(__file__).parent.parent / "configs"
 
 
 @pytest.fixture(autouse=True)
@@ -25,4 +26,4 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope="session")
 def configs() -> Path:
     """The folder of the project's configuration."""
-    return Path(__file__).parent.parent / "configs"
+    return CONFIGS

@@ -33,6 +33,7 @@ class DataModule(pl.LightningDataModule):
 
     path, val_path: see `ldm.data.shards.open_dataset`. Without val_path, validation uses the folder's `val-*.tar`,
     else the share `val_fraction` of the samples by the hash of their keys; at most `max_val_samples`.
+    max_train_samples: train on so many samples only, chosen by the hash of their keys; None = all.
     image_size, crop, flip_prob, upscale, background: see `ldm.data.transforms.Transform`.
     lanes, window_mb, remainder: see `ldm.data.order.Order`.
     max_bad_fraction, max_consecutive_bad, strict: the budget, see `ldm.data.bad_samples.BadSamples`.
@@ -61,6 +62,7 @@ class DataModule(pl.LightningDataModule):
         caption_suffix: str = "",
         val_fraction: float = 0.0,
         max_val_samples: int = 512,
+        max_train_samples: int | None = None,
         index_dir: str | None = None,
     ) -> None:
         super().__init__()
@@ -72,6 +74,7 @@ class DataModule(pl.LightningDataModule):
         self.max_bad_fraction, self.max_consecutive_bad, self.strict = max_bad_fraction, max_consecutive_bad, strict
         self.caption_prefix, self.caption_suffix = caption_prefix, caption_suffix
         self.val_fraction, self.max_val_samples = val_fraction, max_val_samples
+        self.max_train_samples = max_train_samples
         self._opening: dict[str, Any] = {
             "index_dir": index_dir,
             "on_missing_caption": on_missing_caption,
@@ -88,6 +91,8 @@ class DataModule(pl.LightningDataModule):
         if not self._sets:
             train, val = self._open_splits()
             self._check_budget(train)
+            if self.max_train_samples is not None and self.max_train_samples < train.num_samples:
+                train = train.take(_fewest_hashes(train.keys, self.max_train_samples))
             self._sets = {"train": train, "val": val}
         return self
 
@@ -105,8 +110,7 @@ class DataModule(pl.LightningDataModule):
             train, val = train.take(np.flatnonzero(~chosen)), train.take(np.flatnonzero(chosen))
         else:
             return train, None
-        first = np.sort(np.argsort(_hash_of(val.keys), kind="stable")[: self.max_val_samples])
-        return train, val.take(first)
+        return train, val.take(_fewest_hashes(val.keys, self.max_val_samples))
 
     def _check_budget(self, dataset: Dataset) -> None:
         """The index leaves bad samples out before training; they count all the same, but for missing captions."""
@@ -275,6 +279,11 @@ class DataModule(pl.LightningDataModule):
         if not self._run:
             raise RuntimeError("call configure() before asking for a stream")
         return self._run
+
+
+def _fewest_hashes(keys: list[str], count: int) -> np.ndarray:
+    """Ids of at most `count` samples, chosen by the hash of their keys, in order."""
+    return np.sort(np.argsort(_hash_of(keys), kind="stable")[:count])
 
 
 def _hash_of(keys: list[str]) -> np.ndarray:

@@ -96,12 +96,17 @@ def train(cfg: Config, trusted: tuple[str, ...] = ()) -> None:
 
 
 def is_finished(cfg: Config, run: Run, stage: str) -> bool:
-    """True when the newest checkpoint says so and the settings are those of now."""
+    """True when the newest checkpoint says so; refuses settings that are not those it was trained with."""
     checkpoint = _existing(cfg, run.stage(stage))
-    if checkpoint is None or cfg["resume"]["mode"] == "never":
+    resume = cfg["resume"]
+    if checkpoint is None or resume["mode"] == "never" or resume["step"] is not None:
         return False
     state = checkpoint.document("state")
-    return bool(state["finished"]) and state["train_step"] >= cfg["stage"][stage]["max_steps"]
+    if not state["finished"]:
+        return False
+    now = settings_of(cfg, stage)
+    compare({key: state["fingerprint"].get(key, "absent") for key in now}, now, resume["allow"])
+    return state["train_step"] >= cfg["stage"][stage]["max_steps"]
 
 
 def prepare_stage(cfg: Config, run: Run, stage: str) -> None:
@@ -370,25 +375,31 @@ def adopt_autoencoder(run: Run, source: Path) -> None:
     print(f"autoencoder: taken from {source} (step {before.step}), unchanged", flush=True)
 
 
-def _fingerprint(cfg: Config, stage: str, data: DataModule, module: StageModule) -> dict[str, Any]:
+def settings_of(cfg: Config, stage: str) -> dict[str, Any]:
     """The settings that decide what a step computes; what depends on hardware is not among them."""
     node = cfg["stage"][stage]
-    flat: dict[str, Any] = {"seed": cfg["seed"]}
-    _flatten(flat, "data", data.order_fingerprint)
+    flat: dict[str, Any] = {"seed": cfg["seed"], "data.image_size": cfg["data"]["image_size"]}
     for key in ("max_steps", "batch_size", "grad_clip", "optimizer", "lr_schedule", "ema"):
         _flatten(flat, f"stage.{stage}.{key}", node[key])
     if stage == "autoencoder":
         _flatten(flat, f"stage.{stage}.objective", node["objective"])
         _flatten(flat, "model.autoencoder", cfg["model"]["autoencoder"])
     else:
-        assert isinstance(module, DiffusionModule)
-        flat["latent_id"] = module.latent_id
         flat[f"stage.{stage}.caption_dropout"] = node["caption_dropout"]
         for key in ("network", "conditioner"):
             _flatten(flat, f"model.{key}", cfg["model"][key])
         _flatten(flat, "scheduler", cfg["scheduler"])
     # derived from max_steps: one accepted difference must not need two names
     flat.pop(f"stage.{stage}.lr_schedule.max_steps", None)
+    return flat
+
+
+def _fingerprint(cfg: Config, stage: str, data: DataModule, module: StageModule) -> dict[str, Any]:
+    """The settings, and the data and latents that were found."""
+    flat = settings_of(cfg, stage)
+    _flatten(flat, "data", data.order_fingerprint)
+    if isinstance(module, DiffusionModule):
+        flat["latent_id"] = module.latent_id
     return flat
 
 
