@@ -73,13 +73,14 @@ class LatentDiffusion(nn.Module):
     def load(cls, path: str | Path | None = None, *, weights: str = "ema", device: Any = "cpu") -> LatentDiffusion:
         """From a run folder (default: the run last trained).
 
-        weights: "ema" (the average, which samples best) or "raw".
+        weights: of the denoiser, "ema" (the average, which samples best) or "raw". The autoencoder is always the one
+            that the latents were made with.
         Raises LdmError when a stage is missing or its checkpoint is damaged, or when the denoiser was trained on the
         latents of another autoencoder.
         """
         run = find_run(path)
         checkpoint = open_stage(run, "diffusion")
-        autoencoder = load_autoencoder(run, weights=weights)
+        autoencoder = load_autoencoder(run)
         config, state = checkpoint.document("config"), checkpoint.document("state")
         check_latent_id(autoencoder, state.get("latent_id"), checkpoint.path)
         model = cls(
@@ -116,20 +117,21 @@ def open_stage(run: Path, stage: str) -> Checkpoint:
     return checkpoint
 
 
-def load_autoencoder(run: Path, *, weights: str = "ema") -> AutoencoderKL:
-    """The autoencoder of a run, with its latent statistics."""
+def load_autoencoder(run: Path) -> AutoencoderKL:
+    """The autoencoder of a run, averaged weights, with its latent statistics."""
     checkpoint = open_stage(run, "autoencoder")
     autoencoder = build.build_saved(checkpoint.document("config")["autoencoder"], where="config.json: autoencoder")
-    load_weights(autoencoder, read_weights(checkpoint, weights), checkpoint.path)
+    load_weights(autoencoder, read_weights(checkpoint, "ema"), checkpoint.path)
     return autoencoder.eval().requires_grad_(False)
 
 
 def read_weights(checkpoint: Checkpoint, weights: str) -> dict[str, Tensor]:
-    """Raw weights and buffers, overlaid by the averaged ones for weights="ema"."""
+    """Raw weights and buffers, overlaid by the averaged ones for weights="ema" where the stage keeps an average."""
     if weights not in ("ema", "raw"):
         raise LdmError("CONFIG", f"weights must be 'ema' or 'raw', not {weights!r}", where="weights")
     tensors = checkpoint.tensors("model")
-    return {**tensors, **checkpoint.tensors("ema")} if weights == "ema" else tensors
+    averaged = weights == "ema" and "ema.safetensors" in checkpoint.manifest["files"]
+    return {**tensors, **checkpoint.tensors("ema")} if averaged else tensors
 
 
 def load_weights(module: nn.Module, tensors: Mapping[str, Tensor], where: Path, *, ignore: str | None = None) -> None:

@@ -123,8 +123,8 @@ def normal(keys: Tensor, shape: Sequence[int] = (), dtype: torch.dtype = torch.f
 
 def seed_modules(key: int, train_step: int, micro_batch: int, rank: int) -> None:
     """Re-seed the global generators, which module dropout draws from, as a function of the position alone."""
-    index = (train_step << 24) | (micro_batch << 16) | rank
-    torch.manual_seed(int(fold(key, Purpose.MODULE, index)))
+    of_step = fold(key, Purpose.MODULE, train_step)
+    torch.manual_seed(int(fold(of_step, Purpose.MODULE, (micro_batch << 32) | rank)))
 
 
 @dataclass(frozen=True)

@@ -14,24 +14,22 @@ from ldm.types import Batch
 
 
 @torch.no_grad()
-def encode_dataset(autoencoder: AutoencoderKL, batches: Iterable[Batch], num_samples: int) -> tuple[Tensor, Tensor]:
+def encode_dataset(
+    autoencoder: AutoencoderKL, batches: Iterable[Batch], num_samples: int, latent_size: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
     """Moments [N, 2C, h, w] float32 on the CPU, and usable [N] bool (False: the picture could not be read).
 
     batches: every sample once, its id in `slots`; with several ranks each brings its share.
     """
     device = next(autoencoder.parameters()).device
-    table: Tensor | None = None
+    table = torch.zeros(num_samples, 2 * autoencoder.latent_channels, *latent_size)
     usable = torch.zeros(num_samples, dtype=torch.bool)
     for batch in batches:
         moments = autoencoder.moments(batch.images.to(device)).float().cpu()  # type: ignore[union-attr]
-        if table is None:
-            table = torch.zeros(num_samples, *moments.shape[1:])
         good = batch.valid.cpu()
         slots = batch.slots.cpu()[good]
         table[slots] = moments[good]
         usable[slots] = True
-    if table is None:
-        raise LdmError("DATA", "there is nothing to encode", where="data.path")
     if _world_size() > 1:
         table, as_int = _sum(table, device), _sum(usable.int(), device)
         usable = as_int > 0

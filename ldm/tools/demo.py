@@ -82,7 +82,7 @@ def main() -> int:
     minutes = (time.monotonic() - began) / 60
     print(f"\nDone in {minutes:.1f} minutes.\n  pictures: {grid}\n  the run:  {RUN}/")
     print('Try next:\n  .venv/bin/python sample.py prompt="a green star on a pink ground" trajectory=true')
-    print("  .venv/bin/python sample.py prompt=\"a red heart inside a white ring on blue\" sampler.guidance_scale=5")
+    print('  .venv/bin/python sample.py prompt="a red heart inside a white ring on blue" sampler.guidance_scale=5')
     return 0
 
 

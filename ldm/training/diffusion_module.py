@@ -64,7 +64,7 @@ class DiffusionModule(StageModule):
         for split, count in (("train", data.num_train), ("val", data.num_val)):
             if count:
                 loader = data.encode_dataloader(split, batch_size=64, sharded=True)
-                tables.append(encode_dataset(self.model.autoencoder, loader, count))
+                tables.append(encode_dataset(self.model.autoencoder, loader, count, (height, width)))
         data.use_moments(*tables)
 
     def loss(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:
@@ -79,9 +79,10 @@ class DiffusionModule(StageModule):
     @torch.no_grad()
     def latents(self, batch: Batch, draws: Draws, purpose: Purpose) -> Tensor:
         """Standardised latents drawn from the posterior, [B, C, h, w]."""
-        autoencoder = self.model.autoencoder
-        moments = batch.moments if batch.moments is not None else autoencoder.moments(batch.images)  # type: ignore[arg-type]
-        moments = moments.float()
+        autoencoder, moments = self.model.autoencoder, batch.moments
+        if moments is None:
+            with torch.autocast(self.device.type, enabled=False):  # as when the set is encoded once: in float32
+                moments = autoencoder.moments(batch.images)  # type: ignore[arg-type]
         return autoencoder.latents(moments, draws.normal(purpose, (moments.shape[1] // 2, *moments.shape[2:])))
 
     @torch.no_grad()

@@ -7,6 +7,7 @@ import logging
 import os
 import secrets
 import shutil
+import signal
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,12 +16,14 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+import torch.distributed as dist
 from pytorch_lightning.plugins import MixedPrecision
+from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from ldm.build import build, to_saved
 from ldm.checkpoints.drift import compare, notes
 from ldm.checkpoints.files import truncate_jsonl
-from ldm.checkpoints.run import Run, StagePaths, find_run, open_run
+from ldm.checkpoints.run import Run, StagePaths, find_run, open_run, redact
 from ldm.checkpoints.store import Checkpoint, Store
 from ldm.data.datamodule import DataModule
 from ldm.diffusion.denoiser import Denoiser
@@ -36,7 +39,7 @@ from ldm.training.callbacks.recorder import Recorder, StopClock
 from ldm.training.callbacks.samples import Samples
 from ldm.training.callbacks.validation import Validation
 from ldm.training.diffusion_module import DiffusionModule
-from ldm.training.signals import StopOnSignal, Stopped
+from ldm.training.signals import StopOnSignal, Stopped, not_saved
 from ldm.training.stage_module import StageModule, StageSettings
 from ldm.training.step import per_device
 
@@ -66,33 +69,56 @@ def train(cfg: Config, trusted: tuple[str, ...] = ()) -> None:
     from ldm.training.launch import launch, local_devices
 
     outer = Place.outer()
-    if outer is not None and len(cfg["stages"]) != 1:
+    if len(cfg["stages"]) != 1 and (outer is not None or cfg["resume"]["step"] is not None):
         raise LdmError(
             "STAGES",
-            "under torchrun or SLURM give exactly one stage",
+            "under torchrun, and with resume.step, give exactly one stage",
             where="stages",
             limit=f"given {list(cfg['stages'])}",
             next="stages=[autoencoder], then stages=[diffusion]",
         )
-    if outer is not None and outer.rank > 0:
-        run_stage(cfg, trusted, cfg["stages"][0], Path(cfg["output_dir"]) / cfg["name"], outer)
-        return
-    resume = cfg["resume"]
+    folder, resume = Path(cfg["output_dir"]) / cfg["name"], cfg["resume"]
+    if outer is not None:
+        join_group(cfg["trainer"])
+        if outer.rank > 0:
+            if hear_decision() == "train":
+                run_stage(cfg, trusted, cfg["stages"][0], folder, outer)
+            return
     with open_run(
         cfg["output_dir"], cfg["name"], steal_lock=resume["steal_lock"], trust_dir=resume["trust_dir"]
     ) as run:
-        folder = Path(cfg["output_dir"]) / cfg["name"]
         for stage in cfg["stages"]:
             if is_finished(cfg, run, stage):
                 print(f"{stage}: already finished, nothing to do", flush=True)
                 continue
             prepare_stage(cfg, run, stage)
             run.write_config(json.dumps(cfg, indent=2))
+            run.point_latest()
             if outer is not None or local_devices(cfg["trainer"]) == 1:
+                tell_decision("train")
                 run_stage(cfg, trusted, stage, folder, outer or Place())
             else:
                 launch(cfg, trusted, stage, folder)
-            run.point_latest()
+    tell_decision("nothing left")
+
+
+def join_group(node: Config) -> None:
+    """Under torchrun: all processes meet before rank 0 looks at the run folder, so that all begin at one step."""
+    dist.init_process_group("nccl" if node["accelerator"] in ("gpu", "cuda") else "gloo")
+    if dist.get_backend() == "nccl":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+
+
+def tell_decision(decision: str) -> None:
+    """From rank 0 to the others under torchrun; nothing to tell elsewhere."""
+    if dist.is_available() and dist.is_initialized() and dist.get_rank() == 0:
+        dist.broadcast_object_list([decision])
+
+
+def hear_decision() -> str:
+    heard: list[Any] = [None]
+    dist.broadcast_object_list(heard)
+    return heard[0]
 
 
 def is_finished(cfg: Config, run: Run, stage: str) -> bool:
@@ -126,6 +152,13 @@ def prepare_stage(cfg: Config, run: Run, stage: str) -> None:
             next="choose another name=, or continue it without resume.mode=never",
         )
     if resume["step"] is not None:
+        if resume["step"] >= cfg["stage"][stage]["max_steps"]:
+            raise LdmError(
+                "RESUME",
+                f"resume.step={resume['step']} is not before the end of the stage",
+                limit=f"stage.{stage}.max_steps={cfg['stage'][stage]['max_steps']}",
+                next="raise max_steps, or choose an earlier step",
+            )
         newest = max(store.steps(), default=None)
         store.load(resume["step"])
         if newest is not None and newest > resume["step"]:
@@ -179,6 +212,7 @@ def run_stage(cfg: Config, trusted: tuple[str, ...], stage: str, folder: Path, p
         start_step=start_step,
         num_workers=cfg["loader"]["num_workers"],
         timeout_s=cfg["loader"]["timeout_s"],
+        pin_memory=cfg["trainer"]["accelerator"] in ("gpu", "cuda"),
         bad_samples_file=paths.bad_samples if place.rank == 0 else None,
     )
     module = build_module(cfg, trusted, stage, folder, precision)
@@ -194,9 +228,10 @@ def run_stage(cfg: Config, trusted: tuple[str, ...], stage: str, folder: Path, p
         _check_drift(checkpoint, fingerprint, environment, cfg["resume"]["allow"], place)
         module.resume_from(checkpoint)
         data.ledger.load_state_dict(checkpoint.document("state")["bad_samples"])
-        if place.rank == 0:
-            for log_file in (paths.metrics, paths.nonfinite):
-                truncate_jsonl(log_file, "train/step", start_step)
+    if place.rank == 0:
+        for log_file in (paths.metrics, paths.nonfinite):  # of a life that was cut off after its last save
+            truncate_jsonl(log_file, "train/step", start_step)
+        if checkpoint is not None:
             print(f"{stage}: continuing at step {start_step}", flush=True)
     if place.rank == 0:
         _announce(stage, module, settings_node, place, micro_batch, data)
@@ -210,7 +245,7 @@ def run_stage(cfg: Config, trusted: tuple[str, ...], stage: str, folder: Path, p
         sampling=build(cfg["sampler"], where="sampler", trusted=trusted) if stage == "diffusion" else None,
     )
     recorder = Recorder(paths.metrics, validation, samples, monitor)
-    stop = StopOnSignal()
+    stop = StopOnSignal(module)
     checkpointing = Checkpointing(
         store,
         validation,
@@ -224,10 +259,13 @@ def run_stage(cfg: Config, trusted: tuple[str, ...], stage: str, folder: Path, p
     trainer = make_trainer(cfg["trainer"], precision, callbacks, folder, place)
     try:
         trainer.fit(module, datamodule=data)
+    except SIGTERMException as error:  # Lightning's own handler, between its registration and ours
+        raise not_saved(signal.SIGTERM) from error
     finally:
+        stop.restore()
         if monitor is not None:
-            monitor.close()
-    if stop.received is not None and module.step.train_step < module.settings.max_steps:
+            monitor.close(timeout_s=30.0 if stop.received is None else 5.0)
+    if stop.received is not None:
         raise Stopped(stop.received, module.step.train_step)
 
 
@@ -285,9 +323,7 @@ def make_trainer(node: Config, precision: str, callbacks: list[pl.Callback], fol
     )
 
 
-def build_module(
-    cfg: Config, trusted: tuple[str, ...], stage: str, folder: Path, precision: str = "32"
-) -> StageModule:
+def build_module(cfg: Config, trusted: tuple[str, ...], stage: str, folder: Path, precision: str = "32") -> StageModule:
     """The LightningModule of a stage, freshly initialised or with the weights of `init_from`."""
     node = cfg["stage"][stage]
     settings = StageSettings(
@@ -320,10 +356,10 @@ def build_module(
             next="train both stages, stages=[autoencoder,diffusion], or take one with init_from=RUN",
         )
     autoencoder = load_autoencoder(folder)
-    if int(autoencoder.statistics.count) == 0:
+    if not open_stage(folder, "autoencoder").document("state")["finished"]:
         raise LdmError(
             "LATENTS",
-            "the autoencoder has no latent statistics: its training did not finish",
+            "the training of the autoencoder did not finish: it has no latent statistics yet",
             where=str(folder / "autoencoder"),
             next=f"finish it: python train.py name={folder.name} stages=[autoencoder]",
         )
@@ -378,7 +414,9 @@ def adopt_autoencoder(run: Run, source: Path) -> None:
 def settings_of(cfg: Config, stage: str) -> dict[str, Any]:
     """The settings that decide what a step computes; what depends on hardware is not among them."""
     node = cfg["stage"][stage]
-    flat: dict[str, Any] = {"seed": cfg["seed"], "data.image_size": cfg["data"]["image_size"]}
+    flat: dict[str, Any] = {"seed": cfg["seed"]}
+    for key in ("image_size", "crop", "flip_prob", "upscale", "background", "caption_prefix", "caption_suffix"):
+        flat[f"data.{key}"] = cfg["data"].get(key)
     for key in ("max_steps", "batch_size", "grad_clip", "optimizer", "lr_schedule", "ema"):
         _flatten(flat, f"stage.{stage}.{key}", node[key])
     if stage == "autoencoder":
@@ -443,5 +481,5 @@ def _monitor(cfg: Config, stage: str, folder: Path) -> Monitor | None:
         stage=stage,
         run_id=record["stages"][stage]["wandb_id"],
         folder=folder / stage,
-        config=dict(cfg),
+        config=redact(dict(cfg)),
     )

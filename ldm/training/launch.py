@@ -14,8 +14,9 @@ import torch
 import torch.multiprocessing as mp
 from pytorch_lightning.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 
-from ldm.errors import INTERRUPTED, TEMPORARY, LdmError
-from ldm.training.signals import STOPS, Stopped
+from ldm.checkpoints.run import write_error
+from ldm.errors import TEMPORARY, UNCLASSIFIED, LdmError
+from ldm.training.signals import STOPS, Stopped, not_saved
 
 
 def local_devices(node: Mapping[str, Any]) -> int:
@@ -47,9 +48,7 @@ def launch(cfg: Mapping[str, Any], trusted: tuple[str, ...], stage: str, folder:
     """
     count = local_devices(cfg["trainer"])
     if int(cfg["trainer"]["nodes"]) != 1:
-        raise LdmError(
-            "LAUNCH", "several nodes need torchrun or SLURM", where="trainer.nodes", next="see docs/scale.md"
-        )
+        raise LdmError("LAUNCH", "several nodes need torchrun", where="trainer.nodes", next="see docs/scale.md")
     environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(count)}
     context = mp.get_context("spawn")
     endings = context.SimpleQueue()
@@ -70,19 +69,19 @@ def launch(cfg: Mapping[str, Any], trusted: tuple[str, ...], stage: str, folder:
 
     old = {number: signal.signal(number, forward) for number in STOPS}
     try:
-        _wait(workers, endings, received, grace_s=float(cfg["checkpoint"]["grace_s"]))
+        _wait(workers, endings, received, folder, grace_s=float(cfg["checkpoint"]["grace_s"]))
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
 
 
-def _wait(workers: Any, endings: Any, received: list[int], grace_s: float) -> None:
+def _wait(workers: Any, endings: Any, received: list[int], folder: Path, grace_s: float) -> None:
     deadline: float | None = None
     try:
         while not workers.join(timeout=0.2):
             if received and deadline is None:
                 deadline = time.monotonic() + grace_s
-            if deadline is not None and time.monotonic() > deadline:
+            if deadline is not None and time.monotonic() > deadline and endings.empty():
                 for process in workers.processes:
                     process.kill()
                 raise LdmError(
@@ -94,8 +93,17 @@ def _wait(workers: Any, endings: Any, received: list[int], grace_s: float) -> No
                     exit_code=TEMPORARY,
                 )
     except mp.ProcessRaisedException as error:
-        raise _first_error(endings) or error from error
+        write_error(folder, error.error_index, error.msg)
+        raise _first_error(endings) or LdmError(
+            "UNCLASSIFIED",
+            error.msg.strip().splitlines()[-1][:500],
+            where=f"rank {error.error_index}",
+            next=f"read {folder / 'errors'}",
+            exit_code=UNCLASSIFIED,
+        ) from error
     except mp.ProcessExitedException as error:
+        if received:
+            raise _first_error(endings) or not_saved(received[0]) from error
         raise _first_error(endings) or LdmError(
             "WORKER",
             f"worker {error.error_index} died: {error.signal_name or f'exit code {error.exit_code}'}",
@@ -105,8 +113,6 @@ def _wait(workers: Any, endings: Any, received: list[int], grace_s: float) -> No
     stopped = _first_error(endings)
     if stopped is not None:
         raise stopped
-    if signal.SIGINT in received:
-        raise LdmError("STOPPED", "stopped before training began", exit_code=INTERRUPTED)
 
 
 def _worker(
@@ -122,6 +128,7 @@ def _worker(
     from ldm.training.fit import Place, run_stage
 
     _die_with_parent()
+    os.setpgid(0, 0)  # a Ctrl-C in the terminal reaches the parent alone, which passes it on once
     os.environ.update(environment, LOCAL_RANK=str(local_rank), NODE_RANK="0")
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // world_size))
     for number in STOPS:  # until training has begun, a stop waits for nothing

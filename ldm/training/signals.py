@@ -31,34 +31,41 @@ class Stopped(LdmError):
         return Stopped, (self.number, self.step)
 
 
+def not_saved(number: int) -> LdmError:
+    """Stopped before a step could be finished: nothing was saved, nothing was lost."""
+    return LdmError(
+        "STOPPED",
+        f"stopped by {signal.Signals(number).name} before a step was finished, nothing to save",
+        next="run the same command again to continue",
+        exit_code=STOPS[signal.Signals(number)],
+    )
+
+
 class StopOnSignal(pl.Callback):
-    """Installs the handlers after Lightning has registered its own, and puts the old ones back at the end.
+    """Installs the handlers now, and again after Lightning has registered its own; `restore` puts the old ones back.
 
     A second signal leaves at once with code 75; the previous checkpoint is intact.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, module: StageModule) -> None:
         self.received: int | None = None
         self._old: dict[int, Any] = {}
-        self._module: StageModule | None = None
-
-    def on_train_start(self, trainer: pl.Trainer, module: StageModule) -> None:  # type: ignore[override]
         self._module = module
+        self.install()
+
+    def install(self) -> None:
         for number in STOPS:
-            self._old[number] = signal.signal(number, self._handle)
+            old = signal.signal(number, self._handle)
+            self._old.setdefault(number, old)
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self.install()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None and number != signal.SIGUSR1:
             os._exit(TEMPORARY)
         self.received = number
-        if self._module is not None:
-            self._module.stop_due = True
-
-    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        self.restore()
-
-    def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
-        self.restore()
+        self._module.stop_due = True
 
     def restore(self) -> None:
         for number, handler in self._old.items():

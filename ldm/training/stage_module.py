@@ -8,6 +8,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -51,7 +52,9 @@ class StageModule(pl.LightningModule):
         self.outcome: Outcome | None = None
         self.logs: dict[str, float] = {}
         self.save_due = self.stop_due = False
+        self.not_finite: list[dict[str, Any]] = []
         self._micro_logs: list[Mapping[str, Tensor]] = []
+        self._suspects: list[tuple[Batch, Tensor]] = []
         self._resume: Checkpoint | None = None
 
     # what a subclass says
@@ -110,13 +113,29 @@ class StageModule(pl.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         terms = self.loss(batch, Draws(self.key, batch.slots))
         self._micro_logs.append({k: v.detach().float().mean() for k, v in terms.items()})
+        self._suspects.append((batch, terms["loss"].detach()))
         self.outcome = self.step(terms["loss"].mean(), self.manual_backward, save_due=self.save_due, stop=self.stop_due)
         if self.outcome is not None:
             names = self._micro_logs[0]
             self.logs = {k: float(torch.stack([m[k] for m in self._micro_logs]).mean()) for k in names}
-            self._micro_logs = []
+            self.logs["loss"] = self.outcome.loss  # of all ranks
+            self.not_finite = [] if self.outcome.applied else self._blame()
+            self._micro_logs, self._suspects = [], []
             if self.outcome.stop or self.step.train_step >= self.settings.max_steps:
                 self.trainer.should_stop = True
+
+    def _blame(self) -> list[dict[str, Any]]:
+        """The samples of a skipped step, of all ranks; every rank takes part, for all have skipped."""
+        mine = [
+            {"key": key, "slot": slot, "loss": value}
+            for batch, losses in self._suspects
+            for key, slot, value in zip(batch.keys, batch.slots.tolist(), losses.tolist(), strict=True)
+        ]
+        if not dist.is_available() or not dist.is_initialized():
+            return mine
+        everybody: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everybody, mine)
+        return [row for rows in everybody for row in rows]
 
     # the state
 
@@ -126,7 +145,10 @@ class StageModule(pl.LightningModule):
         self._resume = checkpoint
 
     def _restore(self, checkpoint: Checkpoint) -> None:
+        fresh = [{k: v for k, v in g.items() if k != "params"} for g in self.step.optimizer.param_groups]
         self.step.optimizer.load_state_dict(checkpoint.tree("optim"))
+        for group, settings in zip(self.step.optimizer.param_groups, fresh, strict=True):
+            group.update(settings)  # the settings are those of the configuration, which drift has checked
         self.step.load_state(checkpoint.document("state"))
         if self.step.ema is not None:
             self.step.ema.load(checkpoint.tensors("ema"))

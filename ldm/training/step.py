@@ -66,6 +66,8 @@ class Outcome:
     applied: bool
     save_due: bool
     stop: bool
+    failure: LdmError | None = None
+    """Why training must end: too many steps were not finite."""
 
 
 class OptimizerStep:
@@ -73,7 +75,7 @@ class OptimizerStep:
 
     parameters: the trained ones by name.   optimizer: callable from parameters to optimizer.   lr_schedule: updates
     to factor.   accumulate: micro-batches a step.   grad_clip: largest gradient norm, None = no clipping.
-    batch_size: global, images a step.   skip_nonfinite: skip such a step, or stop at the first.
+    batch_size: global, images a step.
     """
 
     def __init__(
@@ -87,14 +89,12 @@ class OptimizerStep:
         accumulate: int = 1,
         grad_clip: float | None = 1.0,
         scaler: Scaler | None = None,
-        skip_nonfinite: bool = True,
     ) -> None:
         self.parameters = parameters
         self.optimizer = optimizer(list(parameters.values()))
         self.base_lrs = [group["lr"] for group in self.optimizer.param_groups]
         self.lr_schedule, self.ema, self.scaler = lr_schedule, ema, scaler
         self.batch_size, self.accumulate, self.grad_clip = batch_size, accumulate, grad_clip
-        self.skip_nonfinite = skip_nonfinite
         self.counters = Counters()
         self.micro = 0
         self._loss = torch.zeros(())
@@ -149,8 +149,8 @@ class OptimizerStep:
         self.optimizer.zero_grad(set_to_none=True)
         self._loss = torch.zeros(())
         self.counters.train_step += 1
-        self._account(finite)
-        return Outcome(loss, norm_value, lr, finite, save_due, stop)
+        failure = self._account(finite)
+        return Outcome(loss, norm_value, lr, finite, save_due, stop, failure)
 
     def _agree(self, norm: Tensor, save_due: bool, stop: bool) -> tuple[float, float, bool, bool, bool]:
         """The control all-reduce: one small tensor, so that every rank takes the same decisions."""
@@ -173,39 +173,36 @@ class OptimizerStep:
             group["lr"] = base * factor
         return self.base_lrs[0] * factor
 
-    def _account(self, finite: bool) -> None:
+    def _account(self, finite: bool) -> LdmError | None:
         """Skipped steps are counted; too many of them end the run."""
         counters = self.counters
         if self.scaler:
             self.scaler.update(finite)
             if self.scaler.scale < MIN_SCALE:
-                raise LdmError(
+                return LdmError(
                     "LOSS-SCALE",
                     "the float16 loss scale collapsed",
                     limit=f"scale {self.scaler.scale:g}, at least {MIN_SCALE:g}",
                     next="train with precision bf16-mixed or 32, or lower the learning rate",
                     exit_code=NON_FINITE,
                 )
-            return
+            return None
         if finite:
             counters.consecutive_skips = 0
-            return
+            return None
         step = counters.train_step
         counters.consecutive_skips += 1
         counters.recent_skips = [s for s in counters.recent_skips if s > step - SKIP_WINDOW] + [step]
         allowed = max(MAX_CONSECUTIVE_SKIPS, int(MAX_SKIP_FRACTION * SKIP_WINDOW))
-        if (
-            not self.skip_nonfinite
-            or counters.consecutive_skips >= MAX_CONSECUTIVE_SKIPS
-            or len(counters.recent_skips) > allowed
-        ):
-            raise LdmError(
+        if counters.consecutive_skips >= MAX_CONSECUTIVE_SKIPS or len(counters.recent_skips) > allowed:
+            return LdmError(
                 "NON-FINITE",
                 f"loss or gradients are not finite at step {step}",
                 limit=f"{counters.consecutive_skips} in a row, {len(counters.recent_skips)} of the last {SKIP_WINDOW}",
                 next="see nonfinite.jsonl for the samples; lower the learning rate or train with precision 32",
                 exit_code=NON_FINITE,
             )
+        return None
 
     def state(self) -> dict[str, Any]:
         """Everything but weights, averages and optimizer tensors, as JSON."""

@@ -129,5 +129,3 @@ def compare_runs(a: Path, b: Path, stage: str) -> list[str]:
         return [f"steps {left.steps()} and {right.steps()}"]
     found = (first_difference(left.load(s), right.load(s)) for s in left.steps())
     return [words for words in found if words]
-
-

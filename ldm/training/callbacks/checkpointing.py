@@ -72,7 +72,8 @@ class Checkpointing(pl.Callback):
         self._failed = self._failed + 1 if failure else 0
         if failure:
             log.warning("%s (%d of %d)", failure.line(), self._failed, self.max_failed_saves)
-            if finished or self._failed >= self.max_failed_saves:
+            stopping = module.outcome is not None and module.outcome.stop
+            if finished or stopping or self._failed > self.max_failed_saves:
                 raise failure
 
     def _commit(self, trainer: pl.Trainer, module: StageModule, finished: bool) -> None:

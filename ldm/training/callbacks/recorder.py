@@ -11,6 +11,7 @@ import pytorch_lightning as pl
 import torch
 
 from ldm.checkpoints.files import append_jsonl
+from ldm.training.callbacks.monitor import Monitor
 from ldm.training.callbacks.samples import Samples
 from ldm.training.callbacks.validation import Validation
 from ldm.training.stage_module import StageModule
@@ -23,7 +24,7 @@ class Recorder(pl.Callback):
     share of it spent waiting for the loader.
     """
 
-    def __init__(self, path: Path, validation: Validation, samples: Samples, monitor: object | None = None) -> None:
+    def __init__(self, path: Path, validation: Validation, samples: Samples, monitor: Monitor | None = None) -> None:
         self.path, self.validation, self.samples, self.monitor = path, validation, samples, monitor
         self.record: dict[str, float] = {}
         self._waited = self._worked = 0.0
@@ -64,8 +65,13 @@ class Recorder(pl.Callback):
             self._waited = self._worked = 0.0
             if trainer.is_global_zero:
                 append_jsonl(self.path, self.record)
+                if module.not_finite and module.step.scaler is None:
+                    row = {"train/step": module.step.train_step, "samples": module.not_finite}
+                    append_jsonl(self.path.with_name("nonfinite.jsonl"), row)
                 if self.monitor is not None:
-                    self.monitor.log(self.record, self.samples.latest)  # type: ignore[attr-defined]
+                    self.monitor.log(self.record, self.samples.latest)
+            if outcome.failure is not None:
+                raise outcome.failure
         self._mark = time.monotonic()
 
 

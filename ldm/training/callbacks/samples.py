@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from ldm.sampling.tasks import Sampling, text_to_image
 from ldm.training.autoencoder_module import AutoencoderModule
 from ldm.training.diffusion_module import DiffusionModule
 from ldm.training.stage_module import StageModule
+
+log = logging.getLogger(__name__)
 
 
 class Samples(pl.Callback):
@@ -49,9 +52,13 @@ class Samples(pl.Callback):
         module.train()
         if grid is None:
             return None
-        self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"step-{step:09d}.png"
-        save_png(grid, path, {"step": step, "stage": module.stage})
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save_png(grid, path, {"step": step, "stage": module.stage})
+        except OSError as error:  # a full disk is the checkpoint's concern, not the pictures'
+            log.warning("pictures of step %d not written: %s", step, error)
+            return None
         return path
 
     def _from_prompts(self, module: DiffusionModule):

@@ -40,7 +40,7 @@ class Validation(pl.Callback):
                     total = values.double()[batch.valid].sum().cpu()
                     sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64)) + total
         module.train()
-        table = torch.stack([count, *sums.values()]).to(module.device if module.device.type != "mps" else "cpu")
+        table = torch.stack([count, *sums.values()]).to(module.device)
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(table)
         table = table.cpu()
