@@ -101,7 +101,12 @@ def test_more_steps_need_a_word_and_then_equal_the_longer_run(shards, tmp_path):
 @pytest.mark.parametrize("change", ["stage.autoencoder.batch_size=4", "seed=1", "data.window_mb=1"])
 def test_drift_is_refused_by_name(finished, shards, tmp_path, change):
     shutil.copytree(finished, tmp_path / "tiny")
-    more = ["stages=[autoencoder]", change, "stage.autoencoder.max_steps=20"]
+    more = [
+        "stages=[autoencoder]",
+        "stage.autoencoder.max_steps=20",
+        "resume.allow=[stage.autoencoder.max_steps]",
+        change,
+    ]
     with pytest.raises(LdmError) as refused:
         train(config(shards, tmp_path, *more))
     assert refused.value.exit_code == 2 and change.split("=")[0].split(".")[-1] in refused.value.line()
