@@ -145,12 +145,10 @@ def load_weights(module: nn.Module, tensors: Mapping[str, Tensor], where: Path, 
         if k in tensors and tensors[k].shape != v.shape
     ]
     if missing or unexpected or shapes:
-        detail = (
-            [f"missing {missing[0]}"] * bool(missing) + [f"unexpected {unexpected[0]}"] * bool(unexpected) + shapes[:1]
-        )
+        words = [f"missing {name}" for name in missing[:1]] + [f"unexpected {name}" for name in unexpected[:1]]
         raise LdmError(
             "SHAPE",
-            f"the checkpoint does not fit the model: {', '.join(detail)}",
+            f"the checkpoint does not fit the model: {', '.join(words + shapes[:1])}",
             where=str(where),
             limit=f"{len(missing)} missing, {len(unexpected)} unexpected, {len(shapes)} of another shape",
             next="use the model configuration that it was trained with, or begin a new run with init_from=",

@@ -88,9 +88,10 @@ def sample(cfg: Mapping[str, Any], trusted: tuple[str, ...] = ()) -> None:
         grid = free_path(folder, "grid")
         save_png(captioned_grid(shown, [prompt for prompt, _ in jobs]), grid, recipe)
         print(f"grid: {grid}")
-    truncated = getattr(getattr(model.conditioner, "tokenizer", None), "truncated", 0)
-    if truncated:
-        print(f"{truncated} prompts were longer than {model.conditioner.tokenizer.length} tokens and were cut")
+    tokenizer: Any = getattr(model.conditioner, "tokenizer", None)
+    too_long = [prompt for prompt in set(prompts) if tokenizer is not None and tokenizer.is_cut(prompt)]
+    if too_long:
+        print(f"{len(too_long)} prompts were longer than {tokenizer.length} tokens and were cut")
 
 
 def choose_sampler(node: Mapping[str, Any], model: LatentDiffusion) -> dict[str, Any]:

@@ -301,13 +301,15 @@ def make_trainer(node: Config, precision: str, callbacks: list[pl.Callback], fol
                 gradient_as_bucket_view=True,
             )
     nodes = int(node["nodes"])
+    options: dict[str, Any] = {"plugins": plugins} if plugins else {}
+    if precision != "16-mixed":
+        options["precision"] = "32-true" if precision == "32" else precision
     return pl.Trainer(
         accelerator=node["accelerator"],
         devices=place.world_size // nodes if place.world_size > 1 else 1,
         num_nodes=nodes,
         strategy=strategy,
-        **({"plugins": plugins} if plugins else {}),
-        **({} if precision == "16-mixed" else {"precision": {"32": "32-true"}.get(precision, precision)}),
+        **options,
         max_steps=-1,
         max_epochs=-1,
         logger=False,

@@ -48,7 +48,7 @@ def launch(cfg: Mapping[str, Any], trusted: tuple[str, ...], stage: str, folder:
     """
     count = local_devices(cfg["trainer"])
     if int(cfg["trainer"]["nodes"]) != 1:
-        raise LdmError("LAUNCH", "several nodes need torchrun", where="trainer.nodes", next="see docs/scale.md")
+        raise LdmError("LAUNCH", "several nodes need torchrun", where="trainer.nodes", next="see docs/training.md")
     environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(count)}
     context = mp.get_context("spawn")
     endings = context.SimpleQueue()

@@ -14,9 +14,9 @@ class TextTransformer(nn.Module):
     """Captions to `Conditioning`: tokens [B, L, width], mask [B, L], vector [B, width] (mean over the mask).
 
     width, depth, num_heads: size of the transformer; it reads in both directions.
-    embedding_size: width of the token table, projected to `width` where they differ. The table is the largest part
-        of a small model, and a dense optimizer visits all of it in every step: 32 instead of 128 columns made a
-        training step of the demo faster at equal accuracy (docs/performance.md).
+    embedding_size: width of the token table, projected to `width` where they differ (Lan et al. 2019,
+        arXiv:1909.11942, section 3.1). The table is the largest part of a small model, and a dense optimizer visits
+        all of it in every step.
     length: token ids, start and end included.   pad_id: see `Tokenizer`.
     trim: cut the batch to its longest caption, rounded up to a multiple of 8. The mask hides padding anyway, so the
         result is the same to rounding; switch it off where static shapes matter (torch.compile).

@@ -22,12 +22,14 @@ class Tokenizer:
         """Ids from start to end token, not padded: lists of 2 to `length` ids."""
         rows = []
         for text in texts:
-            ids = list(_encode(text))
-            if len(ids) > self.length - 2:
-                self.truncated += 1
-                ids = ids[: self.length - 2]
+            self.truncated += self.is_cut(text)
+            ids = _encode(text)[: self.length - 2]
             rows.append([START, *ids, END])
         return rows
+
+    def is_cut(self, text: str) -> bool:
+        """True if the text does not fit."""
+        return len(_encode(text)) > self.length - 2
 
     def padded(self, texts: list[str]) -> list[list[int]]:
         """Ids filled up to `length` with `pad_id`."""

@@ -11,7 +11,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
     """Softmax attention. q: [B, heads, N, d]; k, v: [B, heads, M, d]; mask: [B, 1, 1, M] bool, True = attend.
 
     On the CPU small problems are written out as matrix products: the backward pass of the fused kernel took a
-    fifth of a training step at toy size (docs/performance.md).
+    fifth of a training step at toy size (docs/experiments.md).
     """
     small = q.shape[-2] * k.shape[-2] <= 256 * 256
     if q.device.type == "cpu" and small and not torch.compiler.is_compiling():

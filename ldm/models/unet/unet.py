@@ -133,6 +133,9 @@ class _Block(nn.Module):
     On the way down every result is pushed on `skips`; on the way up every residual block pops one.
     """
 
+    upsamplers: nn.ModuleList
+    downsamplers: nn.ModuleList
+
     def __init__(
         self,
         resnets: list[ResnetBlock],

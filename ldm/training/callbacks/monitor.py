@@ -50,7 +50,7 @@ class Monitor:
     ) -> None:
         self.dropped = 0
         self._queue: queue.Queue[tuple[dict[str, float], Path | None] | None] = queue.Queue(QUEUE_SIZE)
-        self._settings = {
+        self._settings: dict[str, Any] = {
             "mode": mode,
             "project": project,
             "name": f"{name}-{stage}",
@@ -107,7 +107,7 @@ class Monitor:
         quiet = wandb.Settings(
             silent=True, console="off", disable_code=True, disable_git=True, save_code=False, x_disable_meta=True
         )
-        run = wandb.init(settings=quiet, **self._settings)  # type: ignore[arg-type]
+        run = wandb.init(settings=quiet, **self._settings)
         run.define_metric("train/step")
         run.define_metric("*", step_metric="train/step")
         return run

@@ -1,0 +1,89 @@
+"""Several gloo processes against one: the same batches, draws and losses, weights equal to rounding."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ldm.checkpoints.store import Store
+from tests.integration.tiny import command, first_difference, history, metrics, overrides, start
+
+pytestmark = pytest.mark.slow
+
+# Adam turns the rounding noise of a zero gradient into full steps; plain gradient descent keeps rounding small
+SGD = [
+    f"optimizer@stage.{stage}.optimizer=sgd stage.{stage}.optimizer.lr=0.05" for stage in ("autoencoder", "diffusion")
+]
+
+
+def words(shards, runs, devices, *more, **sizes):
+    ddp = ["trainer=ddp", "trainer.accelerator=cpu", f"trainer.devices={devices}"] if devices > 1 else []
+    return overrides(shards, runs, *" ".join(SGD).split(), *ddp, *more, **sizes)
+
+
+@pytest.mark.parametrize("devices,accumulate", [(2, 1), (2, 2)])
+def test_processes_equal_one(shards, tmp_path, devices, accumulate):
+    code, output = command(words(shards, tmp_path / "one", 1))
+    assert code == 0, output
+    more = [f"stage.{stage}.accumulate={accumulate}" for stage in ("autoencoder", "diffusion")]
+    code, output = command(words(shards, tmp_path / "many", devices, *more))
+    assert code == 0, output
+    assert f"({devices} x {8 // devices // accumulate} x {accumulate})" in output
+    for stage in ("autoencoder", "diffusion"):
+        one, many = (history(tmp_path / kind / "tiny", stage) for kind in ("one", "many"))
+        for key in ("train/loss", "train/grad_norm", "val/loss"):
+            a, b = ([row[key] for row in rows if key in row] for rows in (one, many))
+            np.testing.assert_allclose(a, b, rtol=2e-5, err_msg=f"{stage} {key}")
+        stores = [Store(tmp_path / kind / "tiny" / stage / "ckpt") for kind in ("one", "many")]
+        assert stores[0].steps() == stores[1].steps()
+        a, b = (store.newest() for store in stores)
+        left, right = a.tensors("ema"), b.tensors("ema")
+        for name in left:
+            np.testing.assert_allclose(left[name], right[name], rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+def test_another_batch_would_be_noticed(shards, tmp_path):
+    """Negative control: another seed gives losses that are not equal to rounding."""
+    for seed in (0, 1):
+        assert command(words(shards, tmp_path / str(seed), 1, f"seed={seed}", "stages=[autoencoder]"))[0] == 0
+    a, b = ([row["train/loss"] for row in history(tmp_path / str(s) / "tiny", "autoencoder")] for s in (0, 1))
+    with pytest.raises(AssertionError):
+        np.testing.assert_allclose(a, b, rtol=2e-5)
+
+
+def test_sigterm_to_the_parent_saves_on_all_and_resumes(shards, tmp_path):
+    more = ["stages=[autoencoder]"]
+    process = start(words(shards, tmp_path / "b", 2, *more, steps=400, save_every=390))
+    deadline = time.monotonic() + 120
+    while len(metrics(tmp_path / "b" / "tiny", "autoencoder")) < 5:
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 143 and "stopped by SIGTERM" in output, output
+    assert command(words(shards, tmp_path / "b", 2, *more, steps=400, save_every=390))[0] == 0
+    assert command(words(shards, tmp_path / "a", 2, *more, steps=400, save_every=390))[0] == 0
+    ends = [Store(tmp_path / kind / "tiny" / "autoencoder" / "ckpt").load(400) for kind in "ab"]
+    assert first_difference(*ends) is None
+
+
+def test_a_dead_worker_ends_the_run(shards, tmp_path):
+    process = start(words(shards, tmp_path, 2, "stages=[autoencoder]", steps=4000, save_every=3000))
+    deadline = time.monotonic() + 120
+    while len(metrics(tmp_path / "tiny", "autoencoder")) < 5:
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+        time.sleep(0.01)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    ranks = [int(p) for p in children if b"spawn_main" in Path(f"/proc/{p}/cmdline").read_bytes()]
+    assert len(ranks) == 2
+    os.kill(ranks[1], signal.SIGKILL)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 75 and "worker 1 died" in output and "SIGKILL" in output, output
+
+
+def test_a_batch_that_cannot_be_cut_names_what_can(shards, tmp_path):
+    code, output = command(words(shards, tmp_path, 2, "stage.autoencoder.batch_size=7", "stages=[autoencoder]"))
+    assert code == 2 and "batch_size 7" in output and "[1, 7]" in output, output
