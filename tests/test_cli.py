@@ -242,7 +242,7 @@ def test_trusted_packages_come_from_the_command_line_only(tree, configs):
         ("stage.diffusion.optimizer.lr=inf", "a number above 0"),
         ("stage.diffusion.optimizer.lr=nan", "a number above 0"),
         ("stage.diffusion.accumulate=3", "batch_size=8 is not a multiple of stage.diffusion.accumulate=3"),
-        ("stage.diffusion.precision=fp8", "one of 32, bf16-mixed, 16-mixed"),
+        ("stage.diffusion.precision=fp8", "one of auto, 32, bf16-mixed, 16-mixed"),
         ("data.drop_prob=1.5", "at most 1"),
         ("name=../../x", "1 to 64 of"),
         ("name=Logos", "1 to 64 of"),

@@ -139,6 +139,8 @@ def find_run(path: Path | str | None = None, output_dir: Path | str = "runs") ->
     runs = sorted(entry.parent.name for entry in output_dir.glob("*/run.json"))
     if path is not None:
         for found in (Path(path), output_dir / path):
+            if found.is_file() and found.name == "LATEST":
+                return find_run(None, found.parent)
             if found.exists():
                 return found
         raise LdmError("RUN", "there is no such run", where=f"run={path}", next=nearest(Path(path).name, runs))

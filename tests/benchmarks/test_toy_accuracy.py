@@ -144,7 +144,8 @@ def test_the_whole_benchmark(judge, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(toy_accuracy, "open_run", lambda *_: (generate, lambda images: images))
     run = tmp_path / "runs" / "demo"
     run.mkdir(parents=True)
-    (tmp_path / "runs" / "LATEST").write_text("demo\n")
+    (run / "run.json").write_text("{}")
+    (tmp_path / "runs" / "LATEST").write_text('{"run": "demo"}')
     toy_accuracy.main([f"run={tmp_path / 'runs' / 'LATEST'}", "seeds=2"])
 
     assert len(set(np.concatenate(calls))) == 2 * len(prompts), "no picture is drawn twice"
@@ -161,7 +162,7 @@ def test_errors_are_one_line(tmp_path):
         toy_accuracy.main(["seed=3"])
     with pytest.raises(LdmError, match="cannot read 'steps=many'"):
         toy_accuracy.main(["steps=many"])
-    with pytest.raises(LdmError, match="make demo"):
+    with pytest.raises(LdmError, match="there is no such run"):
         toy_accuracy.main([f"run={tmp_path / 'none'}"])
 
 
