@@ -28,7 +28,7 @@ class TextTransformer(nn.Module):
         width: int = 128,
         depth: int = 2,
         num_heads: int = 4,
-        embedding_size: int = 32,
+        embedding_size: int = 64,
         length: int = 77,
         pad_id: int = 49407,
         trim: bool = True,
@@ -38,12 +38,17 @@ class TextTransformer(nn.Module):
         self.width, self.trim = width, trim
         self.provides = frozenset(["tokens", "mask", "vector"])
         self.token_embedding = nn.Embedding(VOCAB_SIZE, embedding_size)
-        self.embedding_proj = nn.Linear(embedding_size, width) if embedding_size != width else nn.Identity()
+        factorised = embedding_size != width
+        self.embedding_proj = nn.Linear(embedding_size, width, bias=False) if factorised else nn.Identity()
         self.position_embedding = nn.Parameter(torch.empty(length, width))
         self.blocks = nn.ModuleList(_TextBlock(width, num_heads) for _ in range(depth))
         self.final_norm = nn.LayerNorm(width)
-        nn.init.normal_(self.token_embedding.weight, std=0.02 * (width / embedding_size) ** 0.5)
+        # Small, so that Adam turns them quickly; and nothing shared may drown what tells the tokens apart, for the
+        # norm that follows would scale both alike: a projection with a bias here cost the demo all of its shapes.
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
         nn.init.normal_(self.position_embedding, std=0.01)
+        if factorised:
+            nn.init.normal_(self.embedding_proj.weight, std=embedding_size**-0.5)
 
     def forward(self, captions: list[str]) -> Conditioning:
         rows = self.tokenizer(captions)
