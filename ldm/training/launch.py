@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.multiprocessing as mp
 from pytorch_lightning.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 
@@ -137,9 +138,19 @@ def _worker(
         run_stage(cfg, trusted, stage, Path(folder), Place(local_rank, local_rank, world_size))
     except Stopped as stopped:  # saved: a normal end, which must not make anyone kill the others
         endings.put(stopped)
+        _leave_group()
     except LdmError as error:
         endings.put(error)
         raise
+    else:
+        _leave_group()
+
+
+def _leave_group() -> None:
+    """An interpreter that exits under the group's running threads may abort."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 def _first_error(endings: Any) -> LdmError | None:

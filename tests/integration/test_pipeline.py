@@ -93,7 +93,7 @@ def test_one_batch_is_learnt_by_heart(shards, tmp_path):
         "model.network.block_channels=[64]",
         *(f"stage.{stage}.max_steps=200" for stage in ("autoencoder", "diffusion")),
         "stage.autoencoder.optimizer.lr=0.003",
-        "stage.diffusion.optimizer.lr=0.003",
+        "stage.diffusion.batch_size=64",
     ]
     train(config(shards, tmp_path, "debug=overfit", *wider, save_every=100))
     for stage in ("autoencoder", "diffusion"):
