@@ -39,7 +39,8 @@ class TextTransformer(nn.Module):
         self.provides = frozenset(["tokens", "mask", "vector"])
         self.token_embedding = nn.Embedding(VOCAB_SIZE, embedding_size)
         factorised = embedding_size != width
-        self.embedding_proj = nn.Linear(embedding_size, width, bias=False) if factorised else nn.Identity()
+        projection = nn.Linear(embedding_size, width, bias=False)
+        self.embedding_proj = projection if factorised else nn.Identity()
         self.position_embedding = nn.Parameter(torch.empty(length, width))
         self.blocks = nn.ModuleList(_TextBlock(width, num_heads) for _ in range(depth))
         self.final_norm = nn.LayerNorm(width)
@@ -47,8 +48,7 @@ class TextTransformer(nn.Module):
         # norm that follows would scale both alike: a projection with a bias here cost the demo all of its shapes.
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         nn.init.normal_(self.position_embedding, std=0.01)
-        if factorised:
-            nn.init.normal_(self.embedding_proj.weight, std=embedding_size**-0.5)
+        nn.init.normal_(projection.weight, std=embedding_size**-0.5)
 
     def forward(self, captions: list[str]) -> Conditioning:
         rows = self.tokenizer(captions)
