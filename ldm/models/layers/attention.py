@@ -10,8 +10,8 @@ from torch import Tensor, nn
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """Softmax attention. q: [B, heads, N, d]; k, v: [B, heads, M, d]; mask: [B, 1, 1, M] bool, True = attend.
 
-    On the CPU small problems are written out as matrix products: the backward pass of the fused kernel took a
-    fifth of a training step at toy size (docs/experiments.md).
+    On the CPU small problems are written out as matrix products: in bfloat16 the demo's UNet then takes 110 ms forward
+    and backward where the fused kernel takes 185 ms; in float32 both take 240 ms (docs/experiments.md).
     """
     small = q.shape[-2] * k.shape[-2] <= 256 * 256
     if q.device.type == "cpu" and small and not torch.compiler.is_compiling():
