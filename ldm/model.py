@@ -80,7 +80,7 @@ class LatentDiffusion(nn.Module):
         """
         run = find_run(path)
         checkpoint = open_stage(run, "diffusion")
-        autoencoder = load_autoencoder(run)
+        autoencoder = load_autoencoder(open_stage(run, "autoencoder"))
         config, state = checkpoint.document("config"), checkpoint.document("state")
         check_latent_id(autoencoder, state.get("latent_id"), checkpoint.path)
         model = cls(
@@ -117,9 +117,8 @@ def open_stage(run: Path, stage: str) -> Checkpoint:
     return checkpoint
 
 
-def load_autoencoder(run: Path) -> AutoencoderKL:
-    """The autoencoder of a run, averaged weights, with its latent statistics."""
-    checkpoint = open_stage(run, "autoencoder")
+def load_autoencoder(checkpoint: Checkpoint) -> AutoencoderKL:
+    """The autoencoder of a checkpoint of its stage, averaged weights, with its latent statistics."""
     autoencoder = build.build_saved(checkpoint.document("config")["autoencoder"], where="config.json: autoencoder")
     load_weights(autoencoder, read_weights(checkpoint, "ema"), checkpoint.path)
     return autoencoder.eval().requires_grad_(False)

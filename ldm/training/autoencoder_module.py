@@ -51,25 +51,19 @@ class AutoencoderModule(StageModule):
 
     def describe(self) -> dict[str, Any]:
         statistics = self.autoencoder.statistics
-        measured = int(statistics.count) > 0
+        latent_id = None
+        if int(statistics.count) > 0:  # measured
+            with self.averaged():
+                latent_id = self.autoencoder.latent_id()
         return {
-            "latent_id": self._latent_id() if measured else None,
+            "latent_id": latent_id,
             "latent_mean": statistics.mean.tolist(),
             "latent_std": statistics.std.tolist(),
             "latent_images": int(statistics.count),
         }
 
-    def _latent_id(self) -> str:
-        if self.step.ema is None:
-            return self.autoencoder.latent_id()
-        with self.step.ema.applied():
-            return self.autoencoder.latent_id()
-
     def finish(self) -> None:
         """Latent statistics of the averaged weights over the training set."""
         loader = self.trainer.datamodule.encode_dataloader("train", batch_size=64, sharded=True)  # type: ignore[attr-defined]
-        if self.step.ema is None:
-            measure_statistics(self.autoencoder, loader)
-            return
-        with self.step.ema.applied():
+        with self.averaged():
             measure_statistics(self.autoencoder, loader)

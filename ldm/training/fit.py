@@ -88,10 +88,12 @@ def train(cfg: Config, trusted: tuple[str, ...] = ()) -> None:
         cfg["output_dir"], cfg["name"], steal_lock=resume["steal_lock"], trust_dir=resume["trust_dir"]
     ) as run:
         for stage in cfg["stages"]:
-            if is_finished(cfg, run, stage):
+            existing = _existing(cfg, run.stage(stage))  # read and verified once
+            if is_finished(cfg, existing, stage):
                 print(f"{stage}: already finished, nothing to do", flush=True)
+                tell_decision("nothing left")
                 continue
-            prepare_stage(cfg, run, stage)
+            prepare_stage(cfg, run, existing, stage)
             run.write_config(json.dumps(cfg, indent=2))
             run.point_latest()
             if outer is not None or local_devices(cfg["trainer"]) == 1:
@@ -99,7 +101,6 @@ def train(cfg: Config, trusted: tuple[str, ...] = ()) -> None:
                 run_stage(cfg, trusted, stage, folder, outer or Place())
             else:
                 launch(cfg, trusted, stage, folder)
-    tell_decision("nothing left")
 
 
 def join_group(node: Config) -> None:
@@ -121,9 +122,8 @@ def hear_decision() -> str:
     return heard[0]
 
 
-def is_finished(cfg: Config, run: Run, stage: str) -> bool:
+def is_finished(cfg: Config, checkpoint: Checkpoint | None, stage: str) -> bool:
     """True when the newest checkpoint says so; refuses settings that are not those it was trained with."""
-    checkpoint = _existing(cfg, run.stage(stage))
     resume = cfg["resume"]
     if checkpoint is None or resume["mode"] == "never" or resume["step"] is not None:
         return False
@@ -135,11 +135,10 @@ def is_finished(cfg: Config, run: Run, stage: str) -> bool:
     return state["train_step"] >= cfg["stage"][stage]["max_steps"]
 
 
-def prepare_stage(cfg: Config, run: Run, stage: str) -> None:
+def prepare_stage(cfg: Config, run: Run, existing: Checkpoint | None, stage: str) -> None:
     """What only the owner of the run folder does, before any worker starts."""
     resume, paths = cfg["resume"], run.stage(stage)
     store = Store(paths.ckpt)
-    existing = _existing(cfg, paths)
     if resume["mode"] not in ("auto", "must", "never"):
         raise LdmError("CONFIG", "resume.mode must be auto, must or never", where="resume.mode")
     if resume["mode"] == "must" and existing is None:
@@ -244,7 +243,7 @@ def run_stage(cfg: Config, trusted: tuple[str, ...], stage: str, folder: Path, p
         prompts=settings_node.get("sample_prompts"),
         sampling=build(cfg["sampler"], where="sampler", trusted=trusted) if stage == "diffusion" else None,
     )
-    recorder = Recorder(paths.metrics, validation, samples, monitor)
+    recorder = Recorder(paths, validation, samples, monitor)
     stop = StopOnSignal(module)
     checkpointing = Checkpointing(
         store,
@@ -357,14 +356,15 @@ def build_module(cfg: Config, trusted: tuple[str, ...], stage: str, folder: Path
             where=str(folder / "autoencoder"),
             next="train both stages, stages=[autoencoder,diffusion], or take one with init_from=RUN",
         )
-    autoencoder = load_autoencoder(folder)
-    if not open_stage(folder, "autoencoder").document("state")["finished"]:
+    trained = open_stage(folder, "autoencoder")
+    if not trained.document("state")["finished"]:
         raise LdmError(
             "LATENTS",
             "the training of the autoencoder did not finish: it has no latent statistics yet",
             where=str(folder / "autoencoder"),
             next=f"finish it: python train.py name={folder.name} stages=[autoencoder]",
         )
+    autoencoder = load_autoencoder(trained)
     scheduler = cfg["scheduler"]
     nodes = {
         "conditioner": cfg["model"]["conditioner"],

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,6 +82,25 @@ class StageModule(pl.LightningModule):
 
     def finish(self) -> None:
         """The work between the last step and the final checkpoint."""
+
+    # what callbacks ask
+
+    def due(self, every: int | None) -> bool:
+        """True at the end of every `every`-th step and of the last one; never for None."""
+        if self.outcome is None or every is None:
+            return False
+        return self.step.train_step % every == 0 or self.step.train_step >= self.settings.max_steps
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Evaluation mode, no gradients, and the averaged weights where the stage keeps an average."""
+        was_training = self.training
+        self.eval()
+        try:
+            with torch.no_grad(), self.step.ema.applied() if self.step.ema else nullcontext():
+                yield
+        finally:
+            self.train(was_training)
 
     # the step
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
 
 from ldm.checkpoints.files import append_jsonl
+from ldm.checkpoints.run import StagePaths
 from ldm.training.callbacks.monitor import Monitor
 from ldm.training.callbacks.samples import Samples
 from ldm.training.callbacks.validation import Validation
@@ -18,14 +18,16 @@ from ldm.training.stage_module import StageModule
 
 
 class Recorder(pl.Callback):
-    """Collects a step's numbers in `record`, writes them to `path` on rank 0 and hands them to the monitor.
+    """Collects a step's numbers in `record`, writes them to the stage's logs on rank 0 and hands them to the monitor.
 
     images_per_second counts the time between the ends of two steps, validation and pictures excluded; data_wait is the
     share of it spent waiting for the loader.
     """
 
-    def __init__(self, path: Path, validation: Validation, samples: Samples, monitor: Monitor | None = None) -> None:
-        self.path, self.validation, self.samples, self.monitor = path, validation, samples, monitor
+    def __init__(
+        self, paths: StagePaths, validation: Validation, samples: Samples, monitor: Monitor | None = None
+    ) -> None:
+        self.paths, self.validation, self.samples, self.monitor = paths, validation, samples, monitor
         self.record: dict[str, float] = {}
         self._waited = self._worked = 0.0
         self._mark = time.monotonic()
@@ -64,10 +66,10 @@ class Recorder(pl.Callback):
             self.record |= {f"val/{k}": v for k, v in (self.validation.results or {}).items()}
             self._waited = self._worked = 0.0
             if trainer.is_global_zero:
-                append_jsonl(self.path, self.record)
+                append_jsonl(self.paths.metrics, self.record)
                 if module.not_finite and module.step.scaler is None:
                     row = {"train/step": module.step.train_step, "samples": module.not_finite}
-                    append_jsonl(self.path.with_name("nonfinite.jsonl"), row)
+                    append_jsonl(self.paths.nonfinite, row)
                 if self.monitor is not None:
                     self.monitor.log(self.record, self.samples.latest)
             if outcome.failure is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from contextlib import nullcontext
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -34,22 +33,16 @@ class Samples(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: StageModule, *_: object) -> None:  # type: ignore[override]
         self.latest = None
-        if module.outcome is None or self.every is None or not trainer.is_global_zero:
-            return
-        step = module.step.train_step
-        if step % self.every == 0 or step >= module.settings.max_steps:
-            self.latest = self.draw(trainer, module, step)
+        if module.due(self.every) and trainer.is_global_zero:
+            self.latest = self.draw(trainer, module, module.step.train_step)
 
     def draw(self, trainer: pl.Trainer, module: StageModule, step: int) -> Path | None:
-        module.eval()
-        averages = module.step.ema.applied() if module.step.ema else nullcontext()
-        with averages, torch.no_grad():
+        with module.averaged():
             if isinstance(module, AutoencoderModule):
                 grid = _reconstructions(trainer, module)
             else:
                 assert isinstance(module, DiffusionModule)
                 grid = self._from_prompts(module)
-        module.train()
         if grid is None:
             return None
         path = self.folder / f"step-{step:09d}.png"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
@@ -20,26 +18,19 @@ class Validation(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: StageModule, *_: object) -> None:  # type: ignore[override]
         self.results = None
-        if module.outcome is None or self.every is None or trainer.datamodule.num_val == 0:  # type: ignore[attr-defined]
-            return
-        step = module.step.train_step
-        if step % self.every == 0 or step >= module.settings.max_steps:
+        if module.due(self.every) and trainer.datamodule.num_val:  # type: ignore[attr-defined]
             self.results = self.run(trainer, module)
 
-    @torch.no_grad()
     def run(self, trainer: pl.Trainer, module: StageModule) -> dict[str, float]:
         sums: dict[str, torch.Tensor] = {}
         count = torch.zeros((), dtype=torch.float64)
-        module.eval()
-        averages = module.step.ema.applied() if module.step.ema else nullcontext()
-        with averages, trainer.precision_plugin.forward_context():
+        with module.averaged(), trainer.precision_plugin.forward_context():
             for batch in trainer.datamodule.val_dataloader(self.batch_size):  # type: ignore[attr-defined]
                 batch = batch.to(module.device)
                 count += batch.valid.sum().cpu()
                 for name, values in module.validation_terms(batch).items():
                     total = values.double()[batch.valid].sum().cpu()
                     sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64)) + total
-        module.train()
         table = torch.stack([count, *sums.values()]).to(module.device)
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(table)
