@@ -20,6 +20,7 @@ class TextTransformer(nn.Module):
     length: token ids, start and end included.   pad_id: see `Tokenizer`.
     trim: cut the batch to its longest caption, rounded up to a multiple of 8. The mask hides padding anyway, so the
         result is the same to rounding; switch it off where static shapes matter (torch.compile).
+    qk_norm: see `Attention`.
     Source: Rombach et al. 2022, arXiv:2112.10752, appendix E.2.1.
     """
 
@@ -32,6 +33,7 @@ class TextTransformer(nn.Module):
         length: int = 77,
         pad_id: int = 49407,
         trim: bool = True,
+        qk_norm: bool = False,
     ) -> None:
         super().__init__()
         self.tokenizer = Tokenizer(length, pad_id)
@@ -42,7 +44,7 @@ class TextTransformer(nn.Module):
         projection = nn.Linear(embedding_size, width, bias=False)
         self.embedding_proj = projection if factorised else nn.Identity()
         self.position_embedding = nn.Parameter(torch.empty(length, width))
-        self.blocks = nn.ModuleList(_TextBlock(width, num_heads) for _ in range(depth))
+        self.blocks = nn.ModuleList(_TextBlock(width, num_heads, qk_norm) for _ in range(depth))
         self.final_norm = nn.LayerNorm(width)
         # Small, so that Adam turns them quickly; and nothing shared may drown what tells the tokens apart, for the
         # norm that follows would scale both alike: a projection with a bias here cost the demo all of its shapes.
@@ -73,10 +75,10 @@ class TextTransformer(nn.Module):
 
 
 class _TextBlock(nn.Module):
-    def __init__(self, width: int, num_heads: int) -> None:
+    def __init__(self, width: int, num_heads: int, qk_norm: bool) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(width)
-        self.attn = Attention(width, num_heads, bias=True)
+        self.attn = Attention(width, num_heads, bias=True, qk_norm=qk_norm)
         self.norm2 = nn.LayerNorm(width)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 

@@ -23,10 +23,21 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
 
 
 class Attention(nn.Module):
-    """Multi-head attention of `size` channels; with `context_size` the keys and values come from the context."""
+    """Multi-head attention of `size` channels; with `context_size` the keys and values come from the context.
+
+    qk_norm: each head's queries and keys are scaled to unit mean square, times a learned weight per channel, before
+        they meet: attention grows sharp early, and cannot overflow (Henry et al. 2020, arXiv:2010.04245).
+    """
 
     def __init__(
-        self, size: int, num_heads: int, context_size: int | None = None, *, bias: bool = False, head_dim: int = 0
+        self,
+        size: int,
+        num_heads: int,
+        context_size: int | None = None,
+        *,
+        bias: bool = False,
+        head_dim: int = 0,
+        qk_norm: bool = False,
     ) -> None:
         super().__init__()
         inner = num_heads * head_dim if head_dim else size
@@ -37,6 +48,8 @@ class Attention(nn.Module):
         self.to_k = nn.Linear(context_size or size, inner, bias=bias)
         self.to_v = nn.Linear(context_size or size, inner, bias=bias)
         self.to_out = nn.ModuleList([nn.Linear(inner, size)])
+        self.norm_q = nn.RMSNorm(inner // num_heads, eps=1e-6) if qk_norm else nn.Identity()
+        self.norm_k = nn.RMSNorm(inner // num_heads, eps=1e-6) if qk_norm else nn.Identity()
 
     def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """x: [B, N, size]; context: [B, M, context_size]; mask: [B, M] bool. Returns [B, N, size]."""
@@ -46,7 +59,9 @@ class Attention(nn.Module):
             return y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
         attend = None if mask is None else mask[:, None, None, :]
-        out = attention(heads(self.to_q(x)), heads(self.to_k(source)), heads(self.to_v(source)), attend)
+        q, k, v = heads(self.to_q(x)), heads(self.to_k(source)), heads(self.to_v(source))
+        q, k = self.norm_q(q).to(v.dtype), self.norm_k(k).to(v.dtype)
+        out = attention(q, k, v, attend)
         return self.to_out[0](out.transpose(1, 2).flatten(-2))
 
 
@@ -77,13 +92,13 @@ class FeedForward(nn.Module):
 class BasicTransformerBlock(nn.Module):
     """Self-attention, cross-attention if there is a context, feed-forward; each behind a norm, each residual."""
 
-    def __init__(self, size: int, num_heads: int, context_size: int | None) -> None:
+    def __init__(self, size: int, num_heads: int, context_size: int | None, qk_norm: bool = False) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(size)
-        self.attn1 = Attention(size, num_heads)
+        self.attn1 = Attention(size, num_heads, qk_norm=qk_norm)
         if context_size is not None:
             self.norm2 = nn.LayerNorm(size)
-            self.attn2 = Attention(size, num_heads, context_size)
+            self.attn2 = Attention(size, num_heads, context_size, qk_norm=qk_norm)
         self.crosses = context_size is not None
         self.norm3 = nn.LayerNorm(size)
         self.ff = FeedForward(size)
@@ -109,13 +124,14 @@ class SpatialTransformer(nn.Module):
         context_size: int | None,
         norm_groups: int,
         linear_projection: bool,
+        qk_norm: bool = False,
     ) -> None:
         super().__init__()
         self.linear_projection = linear_projection
         self.norm = nn.GroupNorm(norm_groups, channels, eps=1e-6)
         self.proj_in = nn.Linear(channels, channels) if linear_projection else nn.Conv2d(channels, channels, 1)
         self.transformer_blocks = nn.ModuleList(
-            BasicTransformerBlock(channels, num_heads, context_size) for _ in range(depth)
+            BasicTransformerBlock(channels, num_heads, context_size, qk_norm) for _ in range(depth)
         )
         self.proj_out = nn.Linear(channels, channels) if linear_projection else nn.Conv2d(channels, channels, 1)
 

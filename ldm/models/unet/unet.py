@@ -30,7 +30,7 @@ class UNet(nn.Module):
     concat_channels: channels of `Conditioning.concat`, joined to x, 0 = not used.
     head_dim: channels per attention head; num_heads: a fixed number of heads instead (SD1: 8).
     linear_projection: see `SpatialTransformer`.   norm_groups: groups of every GroupNorm.
-    dropout: inside the residual blocks.
+    dropout: inside the residual blocks.   qk_norm: see `Attention`; off in Stable Diffusion.
     """
 
     def __init__(
@@ -49,6 +49,7 @@ class UNet(nn.Module):
         linear_projection: bool = True,
         norm_groups: int = 32,
         dropout: float = 0.0,
+        qk_norm: bool = False,
     ) -> None:
         super().__init__()
         block_channels, depths = list(block_channels), list(transformer_depth)
@@ -73,7 +74,7 @@ class UNet(nn.Module):
 
         def transformer(channels: int, depth: int) -> SpatialTransformer:
             heads = num_heads if num_heads is not None else channels // head_dim  # type: ignore[operator]
-            return SpatialTransformer(channels, heads, depth, context_size, norm_groups, linear_projection)
+            return SpatialTransformer(channels, heads, depth, context_size, norm_groups, linear_projection, qk_norm)
 
         def resnet(c_in: int, c_out: int) -> ResnetBlock:
             return ResnetBlock(c_in, c_out, time_size=time_size, norm_groups=norm_groups, dropout=dropout)
