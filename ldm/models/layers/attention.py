@@ -51,8 +51,8 @@ class Attention(nn.Module):
         self.to_k = nn.Linear(context_size or size, inner, bias=bias)
         self.to_v = nn.Linear(context_size or size, inner, bias=bias)
         self.to_out = nn.ModuleList([nn.Linear(inner, size)])
-        self.norm_q = nn.RMSNorm(inner // num_heads, eps=1e-6) if qk_norm else nn.Identity()
-        self.norm_k = nn.RMSNorm(inner // num_heads, eps=1e-6) if qk_norm else nn.Identity()
+        self.norm_q = nn.RMSNorm(inner // num_heads, eps=1e-6) if qk_norm else None
+        self.norm_k = nn.RMSNorm(inner // num_heads, eps=1e-6) if qk_norm else None
 
     def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """x: [B, N, size]; context: [B, M, context_size]; mask: [B, M] bool. Returns [B, N, size]."""
@@ -63,7 +63,8 @@ class Attention(nn.Module):
 
         attend = None if mask is None else mask[:, None, None, :]
         q, k, v = heads(self.to_q(x)), heads(self.to_k(source)), heads(self.to_v(source))
-        q, k = self.norm_q(q).to(v.dtype), self.norm_k(k).to(v.dtype)
+        if self.norm_q is not None and self.norm_k is not None:  # in the weights' precision: squares overflow in fp16
+            q, k = (norm(y.to(norm.weight.dtype)).to(v.dtype) for norm, y in ((self.norm_q, q), (self.norm_k, k)))
         out = attention(q, k, v, attend)
         return self.to_out[0](out.transpose(1, 2).flatten(-2))
 
