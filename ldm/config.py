@@ -17,6 +17,7 @@ from typing import Any
 from ldm.errors import LdmError, nearest, raise_all
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+OPEN = ("columns", "data.columns", "stage.diffusion.sample_columns")  # mappings whose keys are the user's own
 VERBATIM = ("prompt", "negative_prompt", "prompts_file")  # any text, never parsed
 
 _CONSTRUCTED_BY_HYDRA = ("callbacks", "launcher", "sweeper", "hydra_logging", "job_logging")
@@ -46,7 +47,8 @@ def compose(config_name: str, argv: Sequence[str], *, config_dir: Path = CONFIGS
         whole = compose_with(choices)
         tree = _plain(whole)
         raise_all(_check_keys(values, texts, tree) + _check_overlays(tree, compose_with, config_dir))
-        whole = compose_with(choices + [w for w, _ in values]) if values else whole
+        words_of_values = [f"++{w}" if _is_open(o) else w for w, o in values]
+        whole = compose_with(choices + words_of_values) if values else whole
         _check_hydra_node(whole.pop("hydra"), words)
         return {**_resolve(whole), **texts}
 
@@ -201,7 +203,7 @@ def _check_groups(groups: Sequence[tuple[str, Any]], config_dir: Path) -> list[L
         if override.is_sweep_override():
             problems.append(_a_sweep(word))
         elif override.value() is not None and not override.is_delete() and folder.is_dir():
-            options = [p.relative_to(folder).with_suffix("").as_posix() for p in folder.rglob("*.yaml")]
+            options = [p.stem for p in folder.glob("*.yaml")]
             chosen = override.value() if isinstance(override.value(), list) else [override.value()]
             problems += [
                 LdmError("CONFIG", f"{override.key_or_group} has no option {str(c)!r}", next=nearest(str(c), options))
@@ -221,14 +223,20 @@ def _check_keys(values: Sequence[tuple[str, Any]], texts: Mapping[str, str], tre
         key = override.key_or_group
         if override.is_sweep_override():
             problems.append(_a_sweep(word))
-        elif key not in known:
+        elif key not in known and not _is_open(override):
             if not override.is_add() and not override.is_force_add():  # `build` judges what `+key=` adds
                 problems.append(_unknown(key, names))
-        elif isinstance(known[key], dict) and not isinstance(override.value(), dict | None):
+        elif isinstance(known.get(key), dict) and not isinstance(override.value(), dict | None):
             choice = f"{mounts[key]}=NAME or " if key in mounts else ""
             hint = f"write {choice}{key}.KEY=VALUE"
             problems.append(LdmError("CONFIG", f"{key} is a mapping, not a value", where=word, next=hint))
     return problems
+
+
+def _is_open(override: Any) -> bool:
+    """Whether a word sets a mapping of `OPEN` or a key in one, without a sign of its own."""
+    inside = any(f"{override.key_or_group}.".startswith(f"{key}.") for key in OPEN)
+    return inside and not (override.is_add() or override.is_force_add() or override.is_delete())
 
 
 def _check_overlays(tree: _Tree, compose_with: _Compose, config_dir: Path) -> list[LdmError]:

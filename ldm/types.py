@@ -129,10 +129,11 @@ class Conditioning(_Moves):
 class Level:
     """One point of the forward process x_t = alpha * x0 + sigma * eps.
 
-    t: what the network is told.   alpha, sigma: scalars or [B] tensors, float64 in sampling.
+    t: what the network is told; None for a stop that a sampler makes between its levels, whose t the denoiser finds
+        by alpha and sigma.   alpha, sigma: scalars or [B] tensors, float64 in sampling.
     """
 
-    t: Tensor
+    t: Tensor | None
     alpha: Tensor
     sigma: Tensor
 
@@ -157,3 +158,23 @@ class Network(Protocol):
     """What a `Denoiser` holds: (x [B, C, h, w], time [B], cond) -> [B, C, h, w]."""
 
     def __call__(self, x: Tensor, time: Tensor, cond: Conditioning) -> Tensor: ...
+
+
+class Conditioner(Protocol):
+    """What turns named columns of a batch into a `Conditioning`: text, class labels, numbers.
+
+    reads: the columns that it is called with, in this order; "caption" is the text.
+    provides: the fields of its `Conditioning`.   width: D of its tokens.   vector_size: E of its vector; None = none.
+    drop_prob: share of the samples whose condition gives way to its null in training.
+
+    Each argument is a list of B values. The null is what it makes of an absent value: the empty prompt for text,
+    None for anything else.
+    """
+
+    reads: tuple[str, ...]
+    provides: frozenset[str]
+    width: int | None
+    vector_size: int | None
+    drop_prob: float
+
+    def __call__(self, *values: Any) -> Conditioning: ...

@@ -2,41 +2,88 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
-from ldm.diffusion.denoiser import Denoiser, per_sample
+from ldm.diffusion.denoiser import Denoiser, check_pair, per_sample
+from ldm.diffusion.loss import MSE, Loss
+from ldm.diffusion.noising import Noising, Plain
+from ldm.diffusion.prediction import Prediction
+from ldm.diffusion.schedule import Schedule, for_size
 from ldm.diffusion.timesteps import Timesteps
-from ldm.diffusion.weighting import Unit, Weighting
-from ldm.random import Draws, Purpose
+from ldm.diffusion.weighting import Weighting, check_finite
+from ldm.errors import LdmError
+from ldm.random import Draws
 from ldm.types import Conditioning, Level
 
 
 @dataclass(frozen=True)
 class Objective:
-    """Random level, random noise, weighted squared error.
+    """Random level, random noise, weighted distance from the prediction's target.
+
+    masked: the distance counts where the sample's mask is 1 and not where it is 0.
 
     `loss` returns [B]: the mean over the latents of each sample, in the units of the target, weighted.
     """
 
     timesteps: Timesteps
     weighting: Weighting
+    noise: Noising = field(default_factory=Plain)
+    distance: Loss = field(default_factory=MSE)
+    masked: bool = False
 
-    def loss(self, denoiser: Denoiser, x0: Tensor, cond: Conditioning, draws: Draws) -> Tensor:
-        """x0: [B, C, h, w] standardised latents.  draws: the samples' own draws."""
-        level = denoiser.schedule.at(denoiser.schedule.from_unit(self.timesteps(draws)))
-        noise = draws.normal(Purpose.NOISE, x0.shape[1:]).to(x0)
-        return denoising_error(denoiser, x0, noise, level, cond, self.weighting)
+    def check(self, schedule: Schedule, prediction: Prediction) -> None:
+        """Raises ValueError, naming both sides, if the parts cannot work together."""
+        check_pair(schedule, prediction)
+        check_finite(self.weighting, schedule, prediction)
+
+    def loss(
+        self, denoiser: Denoiser, x0: Tensor, cond: Conditioning, draws: Draws, mask: Tensor | None = None
+    ) -> Tensor:
+        """x0: [B, C, h, w] standardised latents.  draws: the samples' own draws.
+
+        mask: [B, 1, H, W] from 0 to 1 at the size of the pictures or of the latents; used if `masked`.
+        """
+        schedule = for_size(denoiser.schedule, x0.shape)
+        level = schedule.at(self.timesteps(draws, schedule))
+        noise, target_noise = (part.to(x0) for part in self.noise(draws, x0.shape[1:]))
+        output, target = output_and_target(denoiser, x0, noise, target_noise, level, cond)
+        error = self.distance(output, target, level, schedule)
+        if self.masked:
+            error = error * latent_mask(mask, x0)
+        weight = self.weighting(denoiser.prediction, level.alpha, level.sigma)
+        return weight.to(error) * error.flatten(1).mean(1)
 
 
-def denoising_error(
-    denoiser: Denoiser, x0: Tensor, noise: Tensor, level: Level, cond: Conditioning, weighting: Weighting | None = None
-) -> Tensor:
-    """[B] weighted mean squared error of the prediction's target at `level` ([B] or scalar)."""
+def denoising_error(denoiser: Denoiser, x0: Tensor, noise: Tensor, level: Level, cond: Conditioning) -> Tensor:
+    """[B] mean squared error of the prediction's target at `level` ([B] or scalar)."""
+    output, target = output_and_target(denoiser, x0, noise, noise, level, cond)
+    return (output - target).square().flatten(1).mean(1)
+
+
+def output_and_target(
+    denoiser: Denoiser, x0: Tensor, noise: Tensor, target_noise: Tensor, level: Level, cond: Conditioning
+) -> tuple[Tensor, Tensor]:
+    """What the network says of x_t = alpha x0 + sigma noise, and what it should say; both like x0."""
     alpha, sigma = per_sample(level.alpha, x0), per_sample(level.sigma, x0)
-    x_t = alpha * x0 + sigma * noise
-    target = denoiser.prediction.target(x0, noise, alpha, sigma)
-    error = (denoiser.predict(x_t, level, cond) - target).square().flatten(1).mean(1)
-    weight = (weighting or Unit())(denoiser.prediction, level.alpha, level.sigma)
-    return weight.to(error) * error
+    target = denoiser.prediction.target(x0, target_noise, alpha, sigma)
+    return denoiser.predict(alpha * x0 + sigma * noise, level, cond), target
+
+
+def latent_mask(mask: Tensor | None, x0: Tensor) -> Tensor:
+    """[B, 1, h, w]: the share of each latent's pixels that counts. Raises LdmError if the mask is missing or unfit.
+
+    A sample counts in proportion to the area of its mask (sd-scripts does the same), so an empty one gives 0, not NaN.
+    """
+    if not isinstance(mask, Tensor) or mask.ndim != 4 or mask.shape[:2] != (len(x0), 1):
+        found = f"{list(mask.shape)} for {len(x0)} samples" if isinstance(mask, Tensor) else type(mask).__name__
+        raise LdmError(
+            "MASK",
+            "the loss is masked, but the batch has no mask [B, 1, H, W]",
+            where="scheduler.masked",
+            limit=f"found {found}",
+            next="hand masks over as Batch.columns['mask'], or set scheduler.masked=false",
+        )
+    return torch.nn.functional.interpolate(mask.to(x0), size=x0.shape[-2:], mode="area")

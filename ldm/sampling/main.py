@@ -16,30 +16,35 @@ from ldm import __version__
 from ldm.build import build
 from ldm.data.decode import BadSample, decode_image
 from ldm.data.transforms import to_images
-from ldm.errors import LdmError
+from ldm.errors import LdmError, nearest
 from ldm.model import LatentDiffusion
+from ldm.models.conditioner.compose import parts_of
 from ldm.sampling.outputs import captioned_grid, save_png, strip, to_uint8
-from ldm.sampling.tasks import Sampling, text_to_image
+from ldm.sampling.tasks import Sampling, one_for_each, subtitles, text_to_image
 from ldm.sampling.trajectory import Trajectory
 from ldm.types import ignore
 
 MAX_PROMPT_CHARACTERS = 10_000
+LEVEL_KEYS = ("spacing", "offset", "final", "rho", "sigma_min", "sigma_max", "shift")  # of the sampler, in the recipe
 
 
 def sample(cfg: Mapping[str, Any], trusted: tuple[str, ...] = ()) -> None:
     """Everything that sample.py does; `cfg` is configs/sample.yaml composed."""
-    prompts = read_prompts(cfg)
     device = choose_device(cfg["device"])
     model = LatentDiffusion.load(cfg["run"], weights=cfg["weights"], device=device)
+    prompts, columns = one_for_each(read_prompts(cfg, model.reads), read_columns(cfg, model.reads))
     node = choose_sampler(cfg["sampler"], model)
     sampling: Sampling = build(node, where="sampler", trusted=trusted)
     height, width = cfg["height"] or model.image_size, cfg["width"] or model.image_size
     model.latent_shape(height, width)  # refuses a size that does not fit before anything is written
     start = load_image(cfg["image"], height, width) if cfg["image"] is not None else None
+    sampling.check(model.denoiser.schedule, cfg["strength"] if start is not None else 1.0)
     folder = Path(cfg["output_dir"])
     folder.mkdir(parents=True, exist_ok=True)
 
-    jobs = [(prompt, cfg["seed"] + i) for prompt in prompts for i in range(cfg["count"])]
+    jobs = [(j, cfg["seed"] + i) for j in range(len(prompts)) for i in range(cfg["count"])]
+    words = subtitles(prompts, columns)
+    told = [{"prompt": prompt, **{k: v[j] for k, v in columns.items()}} for j, prompt in enumerate(prompts)]
     recipe = {
         "negative_prompt": cfg["negative_prompt"],
         "sampler": node["function"]["_target_"].rpartition(".")[2],
@@ -47,7 +52,8 @@ def sample(cfg: Mapping[str, Any], trusted: tuple[str, ...] = ()) -> None:
         "guidance_scale": sampling.guidance_scale,
         "guidance_interval": sampling.guidance_interval,
         "guidance_rescale": sampling.guidance_rescale,
-        "spacing": sampling.spacing,
+        "sampler_options": {key: value for key, value in node["function"].items() if not key.startswith("_")},
+        **{key: getattr(sampling, key) for key in LEVEL_KEYS},
         "height": height,
         "width": width,
         "strength": cfg["strength"] if start is not None else None,
@@ -60,9 +66,10 @@ def sample(cfg: Mapping[str, Any], trusted: tuple[str, ...] = ()) -> None:
         watch = Trajectory(sampling.steps) if cfg["trajectory"] and at == 0 else None
         pictures = text_to_image(
             model,
-            [prompt for prompt, _ in part],
+            [prompts[j] for j, _ in part],
             [seed for _, seed in part],
             sampling,
+            columns={name: [values[j] for j, _ in part] for name, values in columns.items()},
             negative_prompt=cfg["negative_prompt"],
             size=(height, width),
             images=None if start is None else start.expand(len(part), -1, -1, -1),
@@ -70,15 +77,15 @@ def sample(cfg: Mapping[str, Any], trusted: tuple[str, ...] = ()) -> None:
             on_step=watch or ignore,
         )
         refuse_non_finite(pictures)
-        for (prompt, seed), picture in zip(part, to_uint8(pictures), strict=True):
+        for (j, seed), picture in zip(part, to_uint8(pictures), strict=True):
             path = free_path(folder, f"{model.source['step']:09d}-{seed}")
-            save_png(picture, path, {"prompt": prompt, "seed": seed, **recipe})
+            save_png(picture, path, {**told[j], "seed": seed, **recipe})
             paths.append(path)
             shown.append(picture)
         if watch is not None:
             path = free_path(folder, "trajectory")
             frames = strip(to_uint8(watch.pictures(model)), [f"step {s + 1}" for s in watch.steps])
-            save_png(frames, path, {"prompt": part[0][0], "seed": part[0][1], **recipe})
+            save_png(frames, path, {**told[part[0][0]], "seed": part[0][1], **recipe})
             print(f"from noise to picture: {path}")
     seconds = time.monotonic() - began
     print(f"{len(paths)} pictures in {seconds:.1f} s: {folder}/")
@@ -86,12 +93,11 @@ def sample(cfg: Mapping[str, Any], trusted: tuple[str, ...] = ()) -> None:
         print(paths[0])
     else:
         grid = free_path(folder, "grid")
-        save_png(captioned_grid(shown, [prompt for prompt, _ in jobs]), grid, recipe)
+        save_png(captioned_grid(shown, [words[j] for j, _ in jobs]), grid, recipe)
         print(f"grid: {grid}")
-    tokenizer: Any = getattr(model.conditioner, "tokenizer", None)
-    too_long = [prompt for prompt in set(prompts) if tokenizer is not None and tokenizer.is_cut(prompt)]
-    if too_long:
-        print(f"{len(too_long)} prompts were longer than {tokenizer.length} tokens and were cut")
+    for tokenizer in (part.tokenizer for part in parts_of(model.conditioner) if hasattr(part, "tokenizer")):
+        if too_long := sum(tokenizer.is_cut(prompt) for prompt in set(prompts)):
+            print(f"{too_long} prompts were longer than {tokenizer.length} tokens and were cut")
 
 
 def choose_sampler(node: Mapping[str, Any], model: LatentDiffusion) -> dict[str, Any]:
@@ -101,8 +107,22 @@ def choose_sampler(node: Mapping[str, Any], model: LatentDiffusion) -> dict[str,
     return {**(model.sampler or {}), **{key: value for key, value in node.items() if value is not None}}
 
 
-def read_prompts(cfg: Mapping[str, Any]) -> list[str]:
-    """`prompt=`, or the lines of `prompts_file=`."""
+def read_columns(cfg: Mapping[str, Any], reads: tuple[str, ...]) -> dict[str, Any]:
+    """`columns=`: refuses names that the model does not read."""
+    known = [name for name in reads if name != "caption"]
+    for name in cfg["columns"]:
+        if name not in known:
+            raise LdmError("COLUMN", f"the model reads no column {name!r}", where="columns", next=nearest(name, known))
+    return dict(cfg["columns"])
+
+
+def read_prompts(cfg: Mapping[str, Any], reads: tuple[str, ...]) -> list[str]:
+    """`prompt=`, or the lines of `prompts_file=`; one empty prompt for a model that reads no text."""
+    if "caption" not in reads:
+        if cfg["prompt"] or cfg["prompts_file"] or cfg["negative_prompt"]:
+            hint = f"it reads columns.{reads[0]}=..." if reads else "it is unconditional"
+            raise LdmError("PROMPT", "this model reads no text", where="prompt", next=f"leave the prompt out; {hint}")
+        return [""]
     if (cfg["prompt"] is None) == (cfg["prompts_file"] is None):
         raise LdmError(
             "PROMPT",
