@@ -17,7 +17,21 @@ def doctor(argv: Sequence[str]) -> int:
     return main(argv)
 
 
-VERBS: dict[str, Callable[[Sequence[str]], int]] = {"doctor": doctor}
+def import_(argv: Sequence[str]) -> int:
+    """PATH OUT: Stable Diffusion, a folder of diffusers or a single file, becomes a run."""
+    from ldm.tools.import_model import main
+
+    return main(argv)
+
+
+def export(argv: Sequence[str]) -> int:
+    """RUN OUT --format diffusers|compvis: a run in the layouts of Stable Diffusion."""
+    from ldm.tools.export_model import main
+
+    return main(argv)
+
+
+VERBS: dict[str, Callable[[Sequence[str]], int]] = {"doctor": doctor, "import": import_, "export": export}
 
 
 def usage() -> str:

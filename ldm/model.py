@@ -10,24 +10,34 @@ import torch
 from torch import Tensor, nn
 
 from ldm import build
+from ldm.checkpoints.files import sha256_of
+from ldm.checkpoints.formats.keymap import check_fit as check_shapes
+from ldm.checkpoints.formats.reading import read_file, read_json, read_part
 from ldm.checkpoints.run import find_run
 from ldm.checkpoints.store import Checkpoint, Store
 from ldm.diffusion.denoiser import Denoiser
-from ldm.errors import LdmError
+from ldm.errors import LdmError, raise_all
+from ldm.models.autoencoder.identity import Identity
 from ldm.models.autoencoder.kl import AutoencoderKL
+from ldm.models.conditioner.compose import Columns, condition, null_columns, parts_of
+from ldm.random import Draws
 from ldm.types import Conditioning
+
+Autoencoder = AutoencoderKL | Identity
 
 
 class LatentDiffusion(nn.Module):
     """Pictures <-> latents (autoencoder), prompts -> conditioning (conditioner), noise -> latents (denoiser).
 
+    conditioner: satisfies `ldm.types.Conditioner`.
     image_size: side in pixels of the training pictures, the default of sampling.
     sampler: the run's sampling settings as plain values, or None.
+    Raises LdmError if the three do not fit together.
     """
 
     def __init__(
         self,
-        autoencoder: AutoencoderKL,
+        autoencoder: Autoencoder,
         conditioner: nn.Module,
         denoiser: Denoiser,
         *,
@@ -35,6 +45,7 @@ class LatentDiffusion(nn.Module):
         sampler: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
+        check_fit(autoencoder, conditioner, denoiser.network)
         self.autoencoder, self.conditioner, self.denoiser = autoencoder, conditioner, denoiser
         self.image_size, self.sampler = image_size, sampler
         self.source: dict[str, Any] = {}
@@ -51,9 +62,29 @@ class LatentDiffusion(nn.Module):
         with torch.autocast(latents.device.type, enabled=False):
             return self.autoencoder.decode(latents.float()).clamp(-1, 1)
 
-    def condition(self, prompts: list[str]) -> Conditioning:
-        """Only the fields that the network consumes."""
-        return restrict(self.conditioner(prompts), self.denoiser)
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The columns that the model is conditioned on, "caption" for text; each once."""
+        return tuple(dict.fromkeys(name for part in parts_of(self.conditioner) for name in part.reads))
+
+    def condition(self, prompts: list[str], columns: Columns | None = None, draws: Draws | None = None) -> Conditioning:
+        """The conditioning of B prompts and of their columns, B values each; what is absent counts as its null.
+
+        Only the fields that the network consumes.  draws: training's, for the dropout of conditions.
+        """
+        given = condition(self.conditioner, {**(columns or {}), "caption": prompts}, len(prompts), draws)
+        return restrict(given, self.denoiser)
+
+    def has_null(self, columns: Columns) -> bool:
+        """Whether `null` differs from the condition: the model reads text, or training dropped one of `columns`."""
+        return "caption" in self.reads or len(null_columns(self.conditioner, columns)) < len(columns)
+
+    def null(self, negative_prompt: str, columns: Columns, count: int) -> Conditioning:
+        """What guidance compares with: the negative prompt, and the columns that training never drops."""
+        kept = null_columns(self.conditioner, columns)
+        if not kept:
+            return self.condition([negative_prompt]).repeat(count)
+        return self.condition([negative_prompt] * count, kept)
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """(C, h, w) of a picture's latents. Raises LdmError if the size does not fit the autoencoder."""
@@ -80,8 +111,12 @@ class LatentDiffusion(nn.Module):
         """
         run = find_run(path)
         checkpoint = open_stage(run, "diffusion")
-        autoencoder = load_autoencoder(open_stage(run, "autoencoder"))
         config, state = checkpoint.document("config"), checkpoint.document("state")
+        autoencoder: Autoencoder
+        if "autoencoder" in config:  # one without weights
+            autoencoder = build.build_saved(config["autoencoder"], where="config.json: autoencoder")
+        else:
+            autoencoder = load_autoencoder(open_stage(run, "autoencoder"))
         check_latent_id(autoencoder, state.get("latent_id"), checkpoint.path)
         model = cls(
             autoencoder,
@@ -93,6 +128,44 @@ class LatentDiffusion(nn.Module):
         load_weights(model, read_weights(checkpoint, weights), checkpoint.path, ignore="autoencoder.")
         model.source = {"run": run.name, "step": checkpoint.step, "weights": weights}
         return model.eval().requires_grad_(False).to(device)
+
+
+def check_fit(autoencoder: Autoencoder, conditioner: Any, network: nn.Module) -> None:
+    """Refuse parts that cannot work together, all problems at once, each in a sentence that names both sides."""
+    if not hasattr(network, "consumes"):  # a network from elsewhere says nothing about itself
+        return
+    problems = []
+
+    def compare(key: str, wants: int | None, other: str, gives: int | None) -> None:
+        if wants != gives:
+            what = f"model.network takes {key}={wants}, {other}"
+            problems.append(
+                LdmError("CONFIG", what, where=f"model.network.{key}", next=f"set model.network.{key}={gives}")
+            )
+
+    channels = autoencoder.latent_channels
+    for key in ("in_channels", "out_channels"):
+        compare(key, getattr(network, key, channels), f"model.autoencoder gives {channels} channels", channels)
+    consumes: frozenset[str] = network.consumes  # type: ignore[assignment]
+    for name in sorted(consumes - conditioner.provides - {"mask"}):
+        what = f"model.network needs the {name} of a condition, which model.conditioner does not give"
+        given = ", ".join(sorted(conditioner.provides)) or "nothing"
+        size = {"tokens": "context_size", "vector": "vector_size"}.get(name, f"{name}_channels")
+        hint = f"choose a conditioner that gives it, or set model.network.{size}=" + (
+            "0" if size.endswith("channels") else "null"
+        )
+        problems.append(LdmError("CONFIG", what, where="model.conditioner", limit=f"it gives {given}", next=hint))
+    for name, key, gives in (
+        ("tokens", "context_size", conditioner.width),
+        ("vector", "vector_size", conditioner.vector_size),
+    ):
+        if name in consumes & conditioner.provides:
+            compare(key, getattr(network, key, gives), f"model.conditioner gives {name} of width {gives}", gives)
+    if conditioner.reads and not consumes & conditioner.provides:
+        what = f"model.conditioner reads {', '.join(conditioner.reads)}, but model.network uses nothing of it"
+        hint = "set model.network.context_size or vector_size, or choose model/conditioner=none"
+        problems.append(LdmError("CONFIG", what, where="model.network", next=hint))
+    raise_all(problems)
 
 
 def restrict(cond: Conditioning, denoiser: Denoiser) -> Conditioning:
@@ -135,27 +208,34 @@ def read_weights(checkpoint: Checkpoint, weights: str) -> dict[str, Tensor]:
 
 def load_weights(module: nn.Module, tensors: Mapping[str, Tensor], where: Path, *, ignore: str | None = None) -> None:
     """Strict loading with a sentence: every name and shape must fit, but for names that start with `ignore`."""
-    expected = {k: v for k, v in module.state_dict().items() if ignore is None or not k.startswith(ignore)}
-    missing = sorted(expected.keys() - tensors.keys())
-    unexpected = sorted(tensors.keys() - expected.keys())
-    shapes = [
-        f"{k} is {tuple(tensors[k].shape)}, the model has {tuple(v.shape)}"
-        for k, v in expected.items()
-        if k in tensors and tensors[k].shape != v.shape
-    ]
-    if missing or unexpected or shapes:
-        words = [f"missing {name}" for name in missing[:1]] + [f"unexpected {name}" for name in unexpected[:1]]
-        raise LdmError(
-            "SHAPE",
-            f"the checkpoint does not fit the model: {', '.join(words + shapes[:1])}",
-            where=str(where),
-            limit=f"{len(missing)} missing, {len(unexpected)} unexpected, {len(shapes)} of another shape",
-            next="use the model configuration that it was trained with, or begin a new run with init_from=",
-        )
+    expected = {k: tuple(v.shape) for k, v in module.state_dict().items() if ignore is None or not k.startswith(ignore)}
+    check_shapes(
+        expected,
+        {name: tuple(tensor.shape) for name, tensor in tensors.items()},
+        str(where),
+        next="use the model configuration that they were trained with, or begin a new run with init_from=",
+    )
     module.load_state_dict({**module.state_dict(), **tensors})
 
 
-def check_latent_id(autoencoder: AutoencoderKL, recorded: str | None, where: Path) -> None:
+def load_pretrained(conditioner: nn.Module) -> None:
+    """Fill the text towers that name a file of weights, where a training begins from nothing else.
+
+    Raises LdmError for a file that is missing, is not the declared one, or does not fit; then that tower is unchanged.
+    """
+    for part in conditioner.modules():
+        if not hasattr(part, "own_names") or part.weights is None:
+            continue
+        path = Path(str(part.weights))
+        tensors, file = read_part(path) if path.is_dir() else (read_file(path)[0], path)
+        if part.sha256 is not None and (found := sha256_of(file)) != part.sha256:
+            raise LdmError("WEIGHTS", "is not the declared file", where=str(file), limit=f"its sha256 is {found}")
+        if path.is_dir() and hasattr(part, "check_config"):
+            part.check_config(read_json(path / "config.json"), f"{path}/config.json")  # type: ignore[operator]
+        load_weights(part, part.own_names(tensors), file)  # type: ignore[operator]
+
+
+def check_latent_id(autoencoder: Autoencoder, recorded: str | None, where: Path) -> None:
     """A denoiser belongs to the latents that it was trained on."""
     actual = autoencoder.latent_id()
     if recorded is not None and recorded != actual:

@@ -28,7 +28,7 @@ class Purpose(IntEnum):
     TIMESTEP = 1
     NOISE = 2
     POSTERIOR = 3
-    CAPTION_DROP = 4
+    CONDITION_DROP = 4
     CAPTION_CHOICE = 5
     CROP = 6
     FLIP = 7

@@ -26,7 +26,7 @@ def test_experiments_compose_and_build(experiment):
         build(cfg["model"]["network"], where="model.network")
         build(cfg["model"]["conditioner"], where="model.conditioner")
     assert cfg["data"]["image_size"] % autoencoder.downsampling == 0
-    for key in ("schedule", "prediction", "timesteps", "weighting"):
+    for key in ("schedule", "prediction", "timesteps", "weighting", "noise", "loss"):
         build(cfg["scheduler"][key], where=f"scheduler.{key}")
     build(cfg["sampler"], where="sampler")
     build(cfg["data"], where="data")

@@ -25,9 +25,9 @@ _DTYPES = {
 }  # fmt: skip
 
 
-def write_tensors(file: Digesting, tensors: Mapping[str, Tensor]) -> None:
+def write_tensors(file: Digesting, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write the whole safetensors file. Raises LdmError for a type or a name that the format does not have."""
-    names, header = _header(tensors)
+    names, header = _header(tensors, metadata)
     file.write(header)
     for name in names:
         file.write(_bytes(tensors[name]))
@@ -70,10 +70,11 @@ def _is_finite(tensor: Tensor) -> bool:
     return bool(torch.stack(tensor.aminmax()).isfinite().all())  # NaN passes through min and max
 
 
-def _header(tensors: Mapping[str, Tensor]) -> tuple[list[str], bytes]:
+def _header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> tuple[list[str], bytes]:
     """Order of the tensors, wide types first so that each is aligned, and the header with its length."""
     names = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
-    entries, start = {}, 0
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    start = 0
     for name in names:
         code, shape = _dtype(name, tensors[name]), list(tensors[name].shape)
         end = start + tensors[name].nbytes

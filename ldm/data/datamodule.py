@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from ldm.data.bad_samples import Bad, BadSamples, budget_error
 from ldm.data.index import BAD_KINDS
 from ldm.data.loader import FiniteStream, Stream
 from ldm.data.order import Order, check_cut
-from ldm.data.pipeline import PassPlan, Plan, TrainPlan, stages
+from ldm.data.pipeline import SIZE, PassPlan, Plan, TrainPlan, stages
 from ldm.data.shards import Dataset, open_dataset
 from ldm.data.transforms import Transform
 from ldm.errors import LdmError
@@ -39,6 +39,8 @@ class DataModule(pl.LightningDataModule):
     max_bad_fraction, max_consecutive_bad, strict: the budget, see `ldm.data.bad_samples.BadSamples`.
     on_missing_caption: "skip", "empty" or "error".   on_truncated: "refuse" or "use".
     caption_prefix, caption_suffix: text around every caption.   index_dir: where indexes are kept.
+    columns: further conditions of a sample by name, as fields of its JSON: a dotted path such as `marks.0.shape`. A
+        sample without the field is bad. `@size` stands for the picture's size and crop as SDXL is told of them.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class DataModule(pl.LightningDataModule):
         max_val_samples: int = 512,
         max_train_samples: int | None = None,
         index_dir: str | None = None,
+        columns: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__()
         if not 0 <= val_fraction < 1:
@@ -75,6 +78,7 @@ class DataModule(pl.LightningDataModule):
         self.caption_prefix, self.caption_suffix = caption_prefix, caption_suffix
         self.val_fraction, self.max_val_samples = val_fraction, max_val_samples
         self.max_train_samples = max_train_samples
+        self.columns = _checked_columns(columns or {})
         self._opening: dict[str, Any] = {
             "index_dir": index_dir,
             "on_missing_caption": on_missing_caption,
@@ -271,6 +275,7 @@ class DataModule(pl.LightningDataModule):
             suffix=self.caption_suffix,
             moments=moments,
             usable=usable,
+            columns=self.columns if use_moments else None,
         )
         kind = Stream if plan.num_batches is None else FiniteStream
         return kind(pipeline, ledger=ledger, **self._configured()["loading"])
@@ -279,6 +284,19 @@ class DataModule(pl.LightningDataModule):
         if not self._run:
             raise RuntimeError("call configure() before asking for a stream")
         return self._run
+
+
+def _checked_columns(columns: Mapping[str, str]) -> dict[str, str]:
+    for name, path in columns.items():
+        known = path == SIZE or (isinstance(path, str) and all(path.split(".")) and not path.startswith("@"))
+        if name == "caption" or not known:
+            raise LdmError(
+                "CONFIG",
+                f"{path!r} is no field for the column {name!r}",
+                where="data.columns",
+                next=f"a dotted path in the samples' JSON, or {SIZE}; the caption is no column",
+            )
+    return dict(columns)
 
 
 def _fewest_hashes(keys: list[str], count: int) -> np.ndarray:

@@ -1,4 +1,6 @@
-"""Bytes to pictures and captions: the only place where untrusted bytes are decoded. Needs Pillow and numpy only.
+"""Bytes to pictures, captions and columns: the only place where untrusted bytes are decoded.
+
+Needs Pillow and numpy only.
 
 Formats are JPEG, PNG and WebP whatever the file's name says; sizes are checked from the header before any pixel is
 decoded. What cannot be decoded faithfully raises `BadSample`; nothing is guessed, repaired or half decoded.
@@ -6,10 +8,14 @@ decoded. What cannot be decoded faithfully raises `BadSample`; nothing is guesse
 
 from __future__ import annotations
 
+import json
+import math
 import re
 import struct
+from collections.abc import Mapping
 from functools import lru_cache
 from io import BytesIO
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageCms
@@ -157,6 +163,38 @@ def decode_caption(data: bytes) -> str:
         raise BadSample("caption_encoding", f"byte 0x{data[error.start]:02x} at {error.start} is not UTF-8") from error
     text = re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", " ", text[: 4 * MAX_CAPTION])
     return " ".join(text.split())[:MAX_CAPTION].rstrip()
+
+
+def decode_columns(data: bytes | None, fields: Mapping[str, str]) -> dict[str, str | int | float | bool]:
+    """The values of a sample's JSON that `fields` names: a column's name -> its dotted path, `marks.0.shape`.
+
+    Raises BadSample, `column_missing`, if there is no JSON, no such field, or no single text, number or truth value.
+    """
+    if not fields:
+        return {}
+    if data is None:
+        raise BadSample("column_missing", "the sample has no .json")
+    try:
+        tree = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise BadSample("column_missing", f"the .json cannot be read: {_words(error)}") from error
+    return {name: _field(tree, path) for name, path in fields.items()}
+
+
+def _field(tree: Any, path: str) -> str | int | float | bool:
+    value = tree
+    for step in path.split("."):
+        if isinstance(value, dict) and step in value:
+            value = value[step]
+        elif isinstance(value, list) and step.isdecimal() and int(step) < len(value):
+            value = value[int(step)]
+        else:
+            raise BadSample("column_missing", f"the .json has no field {path!r}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise BadSample("column_missing", f"the field {path!r} is not a finite number")
+    if not isinstance(value, str | int | float | bool) or (isinstance(value, str) and len(value) > MAX_CAPTION):
+        raise BadSample("column_missing", f"the field {path!r} is not a single text, number or truth value")
+    return value
 
 
 def _words(error: Exception) -> str:

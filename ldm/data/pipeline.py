@@ -1,7 +1,7 @@
 """The list of stages from shards to batches: the one file to read.
 
     Source   slots of a plan -> keys and raw bytes, read by offset; resumes at any micro-batch
-    Decode   raw bytes -> pixels and caption; a bad sample keeps its slot and is replaced from the same lane
+    Decode   raw bytes -> pixels, caption and columns; a bad sample keeps its slot and is replaced from the same lane
     Batches  examples -> `Batch`, with the reports of what was bad
 
 Every stage turns an iterator into an iterator, one sample in and one out, and webdataset's `DataPipeline` folds them.
@@ -11,7 +11,7 @@ order is the same for every K. The consumer compares the slots of each batch wit
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import count, islice
 from typing import Any, Protocol
@@ -24,11 +24,13 @@ from torch.utils.data import get_worker_info
 
 from ldm.data.bad_samples import Bad
 from ldm.data.captions import with_affixes
-from ldm.data.decode import BadSample, decode_caption, decode_image
+from ldm.data.decode import BadSample, decode_caption, decode_columns, decode_image
 from ldm.data.order import Ids, Order, cut
 from ldm.data.shards import Dataset
 from ldm.data.transforms import Transform, to_images
 from ldm.types import Batch
+
+SIZE = "@size"  # no field of the JSON: measured from the picture and its crop
 
 Raw = dict[str, Any]
 """A sample in webdataset's form: `__key__`, `__url__`, fields as bytes, and what the later stages need."""
@@ -152,7 +154,10 @@ class Source:
 
 @dataclass(frozen=True)
 class Example:
-    """A slot filled. pixels: [H, W, 3] uint8, or None with moments.   bad: the attempts that failed before."""
+    """A slot filled. pixels: [H, W, 3] uint8, or None with moments.   bad: the attempts that failed before.
+
+    columns: a value for each declared column; empty where not valid.
+    """
 
     slot: int
     sample_id: int
@@ -162,6 +167,7 @@ class Example:
     valid: bool
     rows: int
     bad: list[Bad] = field(default_factory=list)
+    columns: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -169,6 +175,7 @@ class Decode:
     """Second stage: bytes to pixels and caption; what is bad is replaced, up to `max_attempts` times.
 
     usable: [N] bool, for streams of moments: whether the sample's picture could be encoded; then no picture is read.
+    columns: name -> dotted path in the sample's JSON, or `SIZE`: what SDXL is told of its size, see `Transform.sizes`.
     """
 
     source: Source
@@ -176,6 +183,7 @@ class Decode:
     prefix: str = ""
     suffix: str = ""
     usable: Tensor | None = None
+    columns: Mapping[str, str] = field(default_factory=dict)
 
     def __call__(self, samples: Iterable[Raw]) -> Iterator[Example]:
         for raw in samples:
@@ -211,18 +219,30 @@ class Decode:
             raise BadSample("decode", "the picture could not be encoded")
         text = decode_caption(candidate["txt"]) if "txt" in candidate else ""
         caption = with_affixes(text, self.prefix, self.suffix)
+        columns = self.values(candidate, place)
         slot, rows = place["__slot__"], place["__rows__"]
-        return Example(slot, candidate["__id__"], candidate["__key__"], pixels, caption, True, rows, bad)
+        return Example(slot, candidate["__id__"], candidate["__key__"], pixels, caption, True, rows, bad, columns)
+
+    def values(self, candidate: Raw, place: Raw) -> dict[str, Any]:
+        """The sample's value of every column."""
+        measured = [name for name, path in self.columns.items() if path == SIZE]
+        fields = {name: path for name, path in self.columns.items() if path != SIZE}
+        found: dict[str, Any] = dict(decode_columns(candidate.get("json"), fields))
+        if measured:
+            width, height = (int(n) for n in self.source.dataset.image_sizes[candidate["__id__"]])
+            found |= dict.fromkeys(measured, self.source.transform.sizes(width, height, place["__draw__"]))
+        return found
 
 
 @dataclass(frozen=True)
 class Batches:
     """Last stage: as many examples as the plan's micro-batch has, as one `Batch`, and the reports beside it.
 
-    moments: [N, 2C, h, w] by sample id, instead of pictures.
+    moments: [N, 2C, h, w] by sample id, instead of pictures.   columns: their names.
     """
 
     moments: Tensor | None = None
+    columns: tuple[str, ...] = ()
 
     def __call__(self, examples: Iterable[Example]) -> Iterator[tuple[Batch, list[Bad]]]:
         examples = iter(examples)
@@ -238,7 +258,7 @@ class Batches:
             images=to_images(pixels) if self.moments is None else None,
             moments=None if self.moments is None else self.moments[ids],
             captions=[row.caption for row in rows],
-            columns={},
+            columns={name: [row.columns.get(name) for row in rows] for name in self.columns},
             valid=torch.tensor([row.valid for row in rows]),
         )
         return batch, [report for row in rows for report in row.bad]
@@ -255,16 +275,21 @@ def stages(
     suffix: str = "",
     moments: Tensor | None = None,
     usable: Tensor | None = None,
+    columns: Mapping[str, str] | None = None,
 ) -> Any:
     """The pipeline: an iterable of (Batch, reports) for a loader with `batch_size=None`.
 
-    start: first micro-batch.   moments, usable: [N, 2C, h, w] and [N] bool; then only captions are read.
+    start: first micro-batch.   moments, usable: [N, 2C, h, w] and [N] bool; then no pictures are read.
+    columns: see `Decode`.
     """
     import webdataset
 
     webdataset.utils.enforce_security = True
     if moments is not None and usable is None:
         usable = torch.ones(len(moments), dtype=torch.bool)
-    fields = ("image", "txt") if moments is None else ("txt",)
+    columns = dict(columns or {})
+    of_json = any(path != SIZE for path in columns.values())
+    fields = ("image",) * (moments is None) + ("txt",) + ("json",) * of_json
     source = Source(dataset, plan, transform, fields, start)
-    return webdataset.DataPipeline(source, Decode(source, max_attempts, prefix, suffix, usable), Batches(moments))
+    decode = Decode(source, max_attempts, prefix, suffix, usable, columns)
+    return webdataset.DataPipeline(source, decode, Batches(moments, tuple(columns)))

@@ -69,6 +69,15 @@ class Transform:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         return np.asarray(image)
 
+    def sizes(self, width: int, height: int, draw: NDArray[np.float32]) -> tuple[int, int, int, int, int, int]:
+        """(original height and width, top and left of the crop in the resized picture, height and width) in pixels,
+        of a picture of this size: what SDXL is conditioned on (Podell et al. 2023, arXiv:2307.01952, section 2.2).
+        """
+        size, side = self.image_size, min(width, height)
+        cut = (0.0, 0.0) if self.crop == "pad" else (draw[1] * (height - side), draw[0] * (width - side))
+        top, left = (round(float(n) * size / side) for n in cut)
+        return height, width, top, left, size, size
+
     def _pad(self, image: Image.Image) -> Image.Image:
         size, longest = self.image_size, max(image.size)
         width, height = (max(1, round(side * size / longest)) for side in image.size)

@@ -9,19 +9,20 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ldm.errors import LdmError
+from ldm.models.autoencoder.identity import Identity
 from ldm.models.autoencoder.kl import AutoencoderKL, posterior
 from ldm.types import Batch
 
 
 @torch.no_grad()
 def encode_dataset(
-    autoencoder: AutoencoderKL, batches: Iterable[Batch], num_samples: int, latent_size: tuple[int, int]
+    autoencoder: AutoencoderKL | Identity, batches: Iterable[Batch], num_samples: int, latent_size: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:
     """Moments [N, 2C, h, w] float32 on the CPU, and usable [N] bool (False: the picture could not be read).
 
     batches: every sample once, its id in `slots`; with several ranks each brings its share.
     """
-    device = next(autoencoder.parameters()).device
+    device = autoencoder.statistics.mean.device
     table = torch.zeros(num_samples, 2 * autoencoder.latent_channels, *latent_size)
     usable = torch.zeros(num_samples, dtype=torch.bool)
     for batch in batches:

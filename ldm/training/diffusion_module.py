@@ -1,4 +1,4 @@
-"""Trains the denoiser and its text transformer on the latents of a frozen autoencoder."""
+"""Trains the denoiser and its conditioner on the latents of a frozen autoencoder."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from ldm.diffusion.objective import Objective, denoising_error
+from ldm.diffusion.schedule import for_size
 from ldm.model import LatentDiffusion
 from ldm.precompute.moments import encode_dataset
 from ldm.random import Draws, Purpose
 from ldm.training.stage_module import StageModule, StageSettings
-from ldm.types import Batch, Conditioning
+from ldm.types import Batch
 
 VALIDATION_LEVELS = 8
 
@@ -20,7 +21,6 @@ VALIDATION_LEVELS = 8
 class DiffusionModule(StageModule):
     """model: the whole of it; the autoencoder is frozen and not saved again.
 
-    caption_dropout: share of the captions that are replaced by the empty prompt, for guidance.
     cache_latents_mb: encode the set once and keep the moments in memory if they are no larger than this.
     saved_config: config.json of the checkpoints.
     """
@@ -33,7 +33,6 @@ class DiffusionModule(StageModule):
         model: LatentDiffusion,
         objective: Objective,
         *,
-        caption_dropout: float,
         cache_latents_mb: float,
         saved_config: dict[str, Any],
     ) -> None:
@@ -41,7 +40,7 @@ class DiffusionModule(StageModule):
         model.autoencoder.eval().requires_grad_(False)
         self.trained_parts = nn.ModuleDict({"conditioner": model.conditioner, "denoiser": model.denoiser})
         self._model = (model,)  # in a tuple: the frozen autoencoder is no submodule, so never saved or set to train()
-        self.objective, self.caption_dropout = objective, caption_dropout
+        self.objective = objective
         self.cache_latents_mb, self.saved_config = cache_latents_mb, saved_config
         self.latent_id = model.autoencoder.latent_id()
 
@@ -69,12 +68,8 @@ class DiffusionModule(StageModule):
 
     def loss(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:
         x0 = self.latents(batch, draws, Purpose.POSTERIOR)
-        dropped = (draws.uniform(Purpose.CAPTION_DROP) < self.caption_dropout).tolist()
-        captions = ["" if drop else caption for caption, drop in zip(batch.captions, dropped, strict=True)]
-        return {"loss": self.objective.loss(self.model.denoiser, x0, self.condition(captions), draws)}
-
-    def condition(self, captions: list[str]) -> Conditioning:
-        return self.model.condition(captions)
+        cond = self.model.condition(batch.captions, batch.columns, draws)
+        return {"loss": self.objective.loss(self.model.denoiser, x0, cond, draws, batch.columns.get("mask"))}
 
     @torch.no_grad()
     def latents(self, batch: Batch, draws: Draws, purpose: Purpose) -> Tensor:
@@ -91,8 +86,8 @@ class DiffusionModule(StageModule):
         draws = Draws(0, batch.slots)
         x0 = self.latents(batch, draws, Purpose.VALIDATION_POSTERIOR)
         noise = draws.normal(Purpose.VALIDATION_NOISE, x0.shape[1:]).to(x0)
-        cond = self.condition(batch.captions)
-        schedule = self.model.denoiser.schedule
+        cond = self.model.condition(batch.captions, batch.columns)
+        schedule = for_size(self.model.denoiser.schedule, x0.shape)
         terms = {}
         for i in range(VALIDATION_LEVELS):
             u = torch.full((len(x0),), (i + 0.5) / VALIDATION_LEVELS, device=x0.device)

@@ -29,7 +29,17 @@ from ldm.data.datamodule import DataModule
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.objective import Objective
 from ldm.errors import LdmError
-from ldm.model import LatentDiffusion, load_autoencoder, load_weights, open_stage, read_weights
+from ldm.model import (
+    LatentDiffusion,
+    check_fit,
+    load_autoencoder,
+    load_pretrained,
+    load_weights,
+    open_stage,
+    read_weights,
+)
+from ldm.models.autoencoder.identity import Identity
+from ldm.models.autoencoder.kl import AutoencoderKL
 from ldm.random import Purpose, fold, run_key
 from ldm.training.autoencoder_module import AutoencoderModule
 from ldm.training.callbacks.checkpointing import Checkpointing
@@ -77,6 +87,10 @@ def train(cfg: Config, trusted: tuple[str, ...] = ()) -> None:
             limit=f"given {list(cfg['stages'])}",
             next="stages=[autoencoder], then stages=[diffusion]",
         )
+    if "diffusion" in cfg["stages"]:
+        build_objective(cfg, trusted)
+        check_sampler(cfg, trusted)
+    check_model(cfg, trusted)
     folder, resume = Path(cfg["output_dir"]) / cfg["name"], cfg["resume"]
     if outer is not None:
         join_group(cfg["trainer"])
@@ -101,6 +115,60 @@ def train(cfg: Config, trusted: tuple[str, ...] = ()) -> None:
                 run_stage(cfg, trusted, stage, folder, outer or Place())
             else:
                 launch(cfg, trusted, stage, folder)
+
+
+def build_objective(cfg: Config, trusted: tuple[str, ...] = ()) -> Objective:
+    """The objective that `scheduler` chooses; refuses parts that cannot work together, before anything is trained."""
+    parts = build(cfg["scheduler"], where="scheduler", trusted=trusted)
+    objective = Objective(
+        parts["timesteps"], parts["weighting"], noise=parts["noise"], distance=parts["loss"], masked=parts["masked"]
+    )
+    try:
+        objective.check(parts["schedule"], parts["prediction"])
+    except ValueError as error:
+        raise LdmError("CONFIG", str(error), where="scheduler") from error
+    return objective
+
+
+def check_sampler(cfg: Config, trusted: tuple[str, ...] = ()) -> None:
+    """Refuses a sampler that does not fit the schedule, before anything is trained."""
+    schedule = build(cfg["scheduler"]["schedule"], where="scheduler.schedule", trusted=trusted)
+    build(cfg["sampler"], where="sampler", trusted=trusted).check(schedule)
+
+
+def check_model(cfg: Config, trusted: tuple[str, ...] = ()) -> None:
+    """Refuses parts of the model that do not fit together or to the data, before anything is trained."""
+    if "autoencoder" in cfg["stages"] and fixed_autoencoder(cfg, trusted) is not None:
+        raise LdmError("STAGES", "this autoencoder has nothing to train", where="stages", next="set stages=[diffusion]")
+    if "diffusion" not in cfg["stages"]:
+        return
+    model = cfg["model"]
+    with torch.device("meta"):
+        autoencoder, network, conditioner = (
+            build(model[key], where=f"model.{key}", trusted=trusted)
+            for key in ("autoencoder", "network", "conditioner")
+        )
+    check_fit(autoencoder, conditioner, network)
+    build(cfg["data"], where="data", trusted=trusted)  # has its own words about its settings
+    offered = {"caption", *(cfg["data"].get("columns") or {})}
+    for name in conditioner.reads:
+        if name not in offered:
+            raise LdmError(
+                "CONFIG",
+                f"model.conditioner reads the column {name!r}, which the data do not give",
+                where="data.columns",
+                limit=f"given: {', '.join(sorted(offered))}",
+                next=f"name the field of the samples' JSON: data.columns.{name}=FIELD",
+            )
+
+
+def fixed_autoencoder(cfg: Config, trusted: tuple[str, ...] = ()) -> Identity | None:
+    """The autoencoder if it has no weights: then it needs no stage, and its place is the denoiser's checkpoint."""
+    node = cfg["model"]["autoencoder"]
+    with torch.device("meta"):
+        if any(True for _ in build(node, where="model.autoencoder", trusted=trusted).parameters()):
+            return None
+    return build(node, where="model.autoencoder", trusted=trusted)
 
 
 def join_group(node: Config) -> None:
@@ -173,7 +241,7 @@ def prepare_stage(cfg: Config, run: Run, existing: Checkpoint | None, stage: str
     store.claim()
     if run.stage_record(stage)["wandb_id"] is None:
         run.update_stage(stage, wandb_id=secrets.token_hex(6))
-    if stage == "diffusion" and cfg["init_from"]:
+    if stage == "diffusion" and cfg["init_from"] and fixed_autoencoder(cfg) is None:
         adopt_autoencoder(run, find_run(cfg["init_from"]))
 
 
@@ -227,6 +295,8 @@ def run_stage(cfg: Config, trusted: tuple[str, ...], stage: str, folder: Path, p
         _check_drift(checkpoint, fingerprint, environment, cfg["resume"]["allow"], place)
         module.resume_from(checkpoint)
         data.ledger.load_state_dict(checkpoint.document("state")["bad_samples"])
+    elif isinstance(module, DiffusionModule) and not cfg["init_from"]:
+        load_pretrained(module.model.conditioner)
     if place.rank == 0:
         for log_file in (paths.metrics, paths.nonfinite):  # of a life that was cut off after its last save
             truncate_jsonl(log_file, "train/step", start_step)
@@ -241,6 +311,7 @@ def run_stage(cfg: Config, trusted: tuple[str, ...], stage: str, folder: Path, p
         settings_node["sample_every"],
         paths.samples,
         prompts=settings_node.get("sample_prompts"),
+        columns=settings_node.get("sample_columns"),
         sampling=build(cfg["sampler"], where="sampler", trusted=trusted) if stage == "diffusion" else None,
     )
     recorder = Recorder(paths, validation, samples, monitor)
@@ -327,6 +398,7 @@ def make_trainer(node: Config, precision: str, callbacks: list[pl.Callback], fol
 def build_module(cfg: Config, trusted: tuple[str, ...], stage: str, folder: Path, precision: str = "32") -> StageModule:
     """The LightningModule of a stage, freshly initialised or with the weights of `init_from`."""
     node = cfg["stage"][stage]
+    fixed = fixed_autoencoder(cfg, trusted) if stage == "diffusion" else None
     settings = StageSettings(
         max_steps=node["max_steps"],
         batch_size=node["batch_size"],
@@ -349,22 +421,7 @@ def build_module(cfg: Config, trusted: tuple[str, ...], stage: str, folder: Path
         objective = build(node["objective"], where="stage.autoencoder.objective", trusted=trusted)
         return AutoencoderModule(settings, autoencoder, objective, to_saved(cfg["model"]["autoencoder"]))
 
-    if not Store(folder / "autoencoder" / "ckpt").steps():
-        raise LdmError(
-            "NO-AUTOENCODER",
-            "the diffusion stage needs a trained autoencoder",
-            where=str(folder / "autoencoder"),
-            next="train both stages, stages=[autoencoder,diffusion], or take one with init_from=RUN",
-        )
-    trained = open_stage(folder, "autoencoder")
-    if not trained.document("state")["finished"]:
-        raise LdmError(
-            "LATENTS",
-            "the training of the autoencoder did not finish: it has no latent statistics yet",
-            where=str(folder / "autoencoder"),
-            next=f"finish it: python train.py name={folder.name} stages=[autoencoder]",
-        )
-    autoencoder = load_autoencoder(trained)
+    autoencoder = fixed if fixed is not None else trained_autoencoder(folder)
     scheduler = cfg["scheduler"]
     nodes = {
         "conditioner": cfg["model"]["conditioner"],
@@ -388,17 +445,35 @@ def build_module(cfg: Config, trusted: tuple[str, ...], stage: str, folder: Path
         "image_size": cfg["data"]["image_size"],
         "sampler": sampler,
     }
+    if fixed is not None:
+        saved_config["autoencoder"] = to_saved(cfg["model"]["autoencoder"])
     return DiffusionModule(
         settings,
         model,
-        Objective(
-            build(scheduler["timesteps"], where="scheduler.timesteps", trusted=trusted),
-            build(scheduler["weighting"], where="scheduler.weighting", trusted=trusted),
-        ),
-        caption_dropout=node["caption_dropout"],
+        build_objective(cfg, trusted),
         cache_latents_mb=node["cache_latents_mb"],
         saved_config=saved_config,
     )
+
+
+def trained_autoencoder(folder: Path) -> AutoencoderKL:
+    """The finished autoencoder of a run."""
+    if not Store(folder / "autoencoder" / "ckpt").steps():
+        raise LdmError(
+            "NO-AUTOENCODER",
+            "the diffusion stage needs a trained autoencoder",
+            where=str(folder / "autoencoder"),
+            next="train both stages, stages=[autoencoder,diffusion], or take one with init_from=RUN",
+        )
+    trained = open_stage(folder, "autoencoder")
+    if not trained.document("state")["finished"]:
+        raise LdmError(
+            "LATENTS",
+            "the training of the autoencoder did not finish: it has no latent statistics yet",
+            where=str(folder / "autoencoder"),
+            next=f"finish it: python train.py name={folder.name} stages=[autoencoder]",
+        )
+    return load_autoencoder(trained)
 
 
 def adopt_autoencoder(run: Run, source: Path) -> None:
@@ -425,7 +500,7 @@ def settings_of(cfg: Config, stage: str) -> dict[str, Any]:
         _flatten(flat, f"stage.{stage}.objective", node["objective"])
         _flatten(flat, "model.autoencoder", cfg["model"]["autoencoder"])
     else:
-        flat[f"stage.{stage}.caption_dropout"] = node["caption_dropout"]
+        _flatten(flat, "data.columns", cfg["data"].get("columns") or {})
         for key in ("network", "conditioner"):
             _flatten(flat, f"model.{key}", cfg["model"][key])
         _flatten(flat, "scheduler", cfg["scheduler"])

@@ -32,7 +32,7 @@ def test_killed_twice_equals_undisturbed(shards, tmp_path, workers):
     more = [
         f"loader.num_workers={workers}",
         "stage.autoencoder.accumulate=2",
-        "stage.diffusion.caption_dropout=0.5",
+        "model.conditioner.drop_prob=0.5",
         "model.network.dropout=0.1",
         "stage.diffusion.cache_latents_mb=0",  # so that pictures are decoded and encoded as they stream
     ]

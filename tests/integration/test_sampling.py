@@ -91,6 +91,10 @@ def test_grid_shows_every_picture_and_nothing_of_a_caption_is_obeyed(tmp_path):
         (["prompt=x", "height=23"], "multiples of 4"),
         (["prompt=x", "sampler.steps=0"], "sampler.steps=0"),
         (["prompt=x", "sampler=eulr"], "euler"),
+        (["prompt=x", "sampler=edm"], "the sampler edm does not fit the schedule RectifiedFlow"),
+        (["prompt=x", "sampler=unipc", "sampler.function.order=4"], "order must be 1, 2 or 3"),
+        (["prompt=x", "sampler.spacing=leading"], "'leading' belongs to discrete schedules"),
+        (["prompt=x", "sampler.spacing=karras", "sampler.sigma_min=9", "sampler.sigma_max=2"], "sigma_min"),
         (["prompt=x", "image=/nowhere.png"], "/nowhere.png"),
         (["prompts_file=/nowhere.txt"], "nowhere.txt"),
         (["prompt=x", "run=/nowhere"], "nowhere"),
@@ -104,6 +108,13 @@ def test_bad_input_is_one_line(finished, tmp_path, words, text):
     assert code == 2 and text in output and "Traceback" not in output, output
     assert output.count("error[") == 1, output
     assert not list(tmp_path.glob("*.png"))
+
+
+def test_any_sampler_and_spacing_from_the_command_line(finished, tmp_path):
+    words = ["sampler=unipc", "sampler.spacing=karras", "sampler.steps=3", "sampler.shift=2", "prompt=x", "count=1"]
+    code, output = command([f"run={finished}", f"output_dir={tmp_path}", *words], "sample.py")
+    assert code == 0, output
+    assert [read_recipe(p)["spacing"] for p in tmp_path.glob("*.png")] == ["karras"]
 
 
 def test_decoding_is_float32_under_autocast(model):

@@ -20,7 +20,7 @@ class TextTransformer(nn.Module):
     length: token ids, start and end included.   pad_id: see `Tokenizer`.
     trim: cut the batch to its longest caption, rounded up to a multiple of 8. The mask hides padding anyway, so the
         result is the same to rounding; switch it off where static shapes matter (torch.compile).
-    qk_norm: see `Attention`.
+    qk_norm: see `Attention`.   drop_prob: share of the captions that give way to the empty prompt in training.
     Source: Rombach et al. 2022, arXiv:2112.10752, appendix E.2.1.
     """
 
@@ -34,10 +34,13 @@ class TextTransformer(nn.Module):
         pad_id: int = 49407,
         trim: bool = True,
         qk_norm: bool = False,
+        drop_prob: float = 0.1,
     ) -> None:
         super().__init__()
         self.tokenizer = Tokenizer(length, pad_id)
-        self.width, self.trim = width, trim
+        self.trim = trim
+        self.reads = ("caption",)
+        self.width, self.vector_size, self.drop_prob = width, width, drop_prob
         self.provides = frozenset(["tokens", "mask", "vector"])
         self.token_embedding = nn.Embedding(VOCAB_SIZE, embedding_size)
         factorised = embedding_size != width

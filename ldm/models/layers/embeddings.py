@@ -15,8 +15,9 @@ def sinusoidal_embedding(values: Tensor, size: int, max_period: float = 10_000.0
     """
     half = size // 2
     # fp32: half precision cannot tell neighbouring timesteps apart
-    exponent = torch.arange(half, dtype=torch.float32, device=values.device) / half
-    angles = values.float()[:, None] * torch.exp(-math.log(max_period) * exponent)
+    # and in the reference's order of operations: at t = 1000 another order moves the angles by 1e-4
+    exponent = -math.log(max_period) * torch.arange(half, dtype=torch.float32, device=values.device) / half
+    angles = values.float()[:, None] * torch.exp(exponent)
     return torch.cat([torch.cos(angles), torch.sin(angles)], dim=-1)
 
 

@@ -1,6 +1,6 @@
-"""The UNet of latent diffusion: SD1, SD2, SDXL and anything smaller, from one set of arguments.
+"""The UNet of latent diffusion: SD1, SD2, SDXL, the pixel models before them and anything smaller.
 
-Module and parameter names follow diffusers' UNet2DConditionModel.
+Module and parameter names follow diffusers' UNet2DConditionModel, with `plain_attention` its UNet2DModel.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.models.layers.attention import SpatialTransformer
+from ldm.models.layers.attention import SpatialAttention, SpatialTransformer
 from ldm.models.layers.embeddings import TimestepEmbedding, sinusoidal_embedding
+from ldm.models.layers.recompute import recomputed
 from ldm.models.layers.resnet import Downsample, ResnetBlock, Upsample
 from ldm.types import Conditioning
 
@@ -26,11 +27,15 @@ class UNet(nn.Module):
     transformer_depth: transformer blocks after each residual block, per level; 0 = none. The middle takes the last
         level's depth, or `mid_transformer_depth`.
     context_size: width D of `Conditioning.tokens` for cross-attention, None = self-attention only.
-    vector_size: width E of `Conditioning.vector`, added to the time embedding, None = not used.
+    vector_size: width E of `Conditioning.vector`, added to the time embedding, None = not used. SDXL's 2816 are the
+        pooled text (1280), then six sizes of 256 sinusoids each.
     concat_channels: channels of `Conditioning.concat`, joined to x, 0 = not used.
     head_dim: channels per attention head; num_heads: a fixed number of heads instead (SD1: 8).
     linear_projection: see `SpatialTransformer`.   norm_groups: groups of every GroupNorm.
     dropout: inside the residual blocks.   qk_norm: see `Attention`; off in Stable Diffusion.
+    plain_attention: one self-attention layer, without feed-forward and tokens, in the place of each transformer, as
+        in pixel models: Ho et al. 2020, arXiv:2006.11239, appendix B. Depths must then be 0 or 1.
+    gradient_checkpointing: residual and transformer blocks are computed again in backward instead of kept.
     """
 
     def __init__(
@@ -50,6 +55,8 @@ class UNet(nn.Module):
         norm_groups: int = 32,
         dropout: float = 0.0,
         qk_norm: bool = False,
+        plain_attention: bool = False,
+        gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         block_channels, depths = list(block_channels), list(transformer_depth)
@@ -60,10 +67,16 @@ class UNet(nn.Module):
         for width in block_channels:
             if width % norm_groups:
                 raise ValueError(f"block_channels {width} is not divisible by norm_groups {norm_groups}")
-            if head_dim is not None and width % head_dim and any(depths):
-                raise ValueError(f"block_channels {width} is not divisible by head_dim {head_dim}")
         mid_depth = depths[-1] if mid_transformer_depth is None else mid_transformer_depth
+        for width, depth in [*zip(block_channels, depths, strict=True), (block_channels[-1], mid_depth)]:
+            if depth and width % (head_dim or num_heads or 1):
+                part = f"head_dim {head_dim}" if head_dim is not None else f"num_heads {num_heads}"
+                raise ValueError(f"block_channels {width} is not divisible by {part}")
+        if plain_attention and (context_size is not None or qk_norm or max(*depths, mid_depth) > 1):
+            raise ValueError("plain_attention takes no context_size, no qk_norm and depths of 0 or 1")
         has_tokens = context_size is not None and (any(depths) or mid_depth)
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.context_size, self.vector_size = context_size, vector_size
         self.consumes = frozenset(
             ["tokens", "mask"] * bool(has_tokens)
             + ["vector"] * (vector_size is not None)
@@ -72,9 +85,12 @@ class UNet(nn.Module):
         first, time_size = block_channels[0], 4 * block_channels[0]
         self.first = first
 
-        def transformer(channels: int, depth: int) -> SpatialTransformer:
+        def attention(channels: int, depth: int) -> SpatialTransformer | SpatialAttention:
             heads = num_heads if num_heads is not None else channels // head_dim  # type: ignore[operator]
-            return SpatialTransformer(channels, heads, depth, context_size, norm_groups, linear_projection, qk_norm)
+            if plain_attention:
+                return SpatialAttention(channels, norm_groups, num_heads=heads, eps=1e-5)
+            options = (linear_projection, qk_norm, gradient_checkpointing)
+            return SpatialTransformer(channels, heads, depth, context_size, norm_groups, *options)
 
         def resnet(c_in: int, c_out: int) -> ResnetBlock:
             return ResnetBlock(c_in, c_out, time_size=time_size, norm_groups=norm_groups, dropout=dropout)
@@ -89,14 +105,15 @@ class UNet(nn.Module):
         for i, channels in enumerate(block_channels):
             resnets = [resnet(width if j == 0 else channels, channels) for j in range(layers_per_block)]
             skips += [channels] * layers_per_block
-            attentions = [transformer(channels, depths[i]) for _ in resnets] if depths[i] else []
+            attentions = [attention(channels, depths[i]) for _ in resnets] if depths[i] else []
             if i < last:
                 skips.append(channels)
-            self.down_blocks.append(_Block(resnets, attentions, Downsample(channels) if i < last else None))
+            resample = Downsample(channels) if i < last else None
+            self.down_blocks.append(_Block(resnets, attentions, resample, gradient_checkpointing))
             width = channels
 
-        middle = [transformer(width, mid_depth)] if mid_depth else []
-        self.mid_block = _Middle([resnet(width, width), resnet(width, width)], middle)
+        middle = [attention(width, mid_depth)] if mid_depth else []
+        self.mid_block = _Middle([resnet(width, width), resnet(width, width)], middle, gradient_checkpointing)
 
         self.up_blocks = nn.ModuleList()
         for i, channels in reversed(list(enumerate(block_channels))):
@@ -104,8 +121,9 @@ class UNet(nn.Module):
             for _ in range(layers_per_block + 1):
                 resnets.append(resnet(width + skips.pop(), channels))
                 width = channels
-            attentions = [transformer(channels, depths[i]) for _ in resnets] if depths[i] else []
-            self.up_blocks.append(_Block(resnets, attentions, Upsample(channels) if i > 0 else None, up=True))
+            attentions = [attention(channels, depths[i]) for _ in resnets] if depths[i] else []
+            enlarge = Upsample(channels) if i > 0 else None
+            self.up_blocks.append(_Block(resnets, attentions, enlarge, gradient_checkpointing, up=True))
 
         self.conv_norm_out = nn.GroupNorm(norm_groups, first, eps=1e-5)
         self.conv_out = nn.Conv2d(first, out_channels, 3, padding=1)
@@ -128,6 +146,12 @@ class UNet(nn.Module):
         return self.conv_out(F.silu(self.conv_norm_out(h)))
 
 
+def _attend(module: nn.Module, h: Tensor, cond: Conditioning) -> Tensor:
+    if isinstance(module, SpatialTransformer):
+        return module(h, cond.tokens, cond.mask)
+    return module(h)
+
+
 class _Block(nn.Module):
     """One level: residual blocks, each followed by its transformer, then the change of resolution.
 
@@ -140,8 +164,9 @@ class _Block(nn.Module):
     def __init__(
         self,
         resnets: list[ResnetBlock],
-        attentions: list[SpatialTransformer],
+        attentions: list[SpatialTransformer | SpatialAttention],
         resample: Downsample | Upsample | None,
+        gradient_checkpointing: bool,
         up: bool = False,
     ) -> None:
         super().__init__()
@@ -151,12 +176,14 @@ class _Block(nn.Module):
         if resample is not None:
             setattr(self, "upsamplers" if up else "downsamplers", nn.ModuleList([resample]))
         self.up, self.attends, self.resamples = up, bool(attentions), resample is not None
+        self.gradient_checkpointing = gradient_checkpointing
 
     def forward(self, h: Tensor, time: Tensor, cond: Conditioning, skips: list[Tensor]) -> Tensor:
         for j, resnet in enumerate(self.resnets):
-            h = resnet(torch.cat([h, skips.pop()], dim=1) if self.up else h, time)
+            h = torch.cat([h, skips.pop()], dim=1) if self.up else h
+            h = recomputed(self.gradient_checkpointing, resnet, h, time)
             if self.attends:
-                h = self.attentions[j](h, cond.tokens, cond.mask)
+                h = _attend(self.attentions[j], h, cond)
             if not self.up:
                 skips.append(h)
         if self.resamples and self.up:
@@ -169,16 +196,22 @@ class _Block(nn.Module):
 
 
 class _Middle(nn.Module):
-    def __init__(self, resnets: list[ResnetBlock], attentions: list[SpatialTransformer]) -> None:
+    def __init__(
+        self,
+        resnets: list[ResnetBlock],
+        attentions: list[SpatialTransformer | SpatialAttention],
+        gradient_checkpointing: bool,
+    ) -> None:
         super().__init__()
         self.resnets = nn.ModuleList(resnets)
         self.attentions = nn.ModuleList(attentions)
+        self.gradient_checkpointing = gradient_checkpointing
 
     def forward(self, h: Tensor, time: Tensor, cond: Conditioning) -> Tensor:
-        h = self.resnets[0](h, time)
-        for attention in self.attentions:
-            h = attention(h, cond.tokens, cond.mask)
-        return self.resnets[1](h, time)
+        h = recomputed(self.gradient_checkpointing, self.resnets[0], h, time)
+        for module in self.attentions:
+            h = _attend(module, h, cond)
+        return recomputed(self.gradient_checkpointing, self.resnets[1], h, time)
 
 
 def check_conditioning(consumes: frozenset[str], cond: Conditioning) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
 
 from ldm.sampling.outputs import captioned_grid, save_png, to_uint8
-from ldm.sampling.tasks import Sampling, text_to_image
+from ldm.sampling.tasks import Sampling, one_for_each, subtitles, text_to_image
 from ldm.training.autoencoder_module import AutoencoderModule
 from ldm.training.diffusion_module import DiffusionModule
 from ldm.training.stage_module import StageModule
@@ -20,15 +22,23 @@ log = logging.getLogger(__name__)
 class Samples(pl.Callback):
     """Writes `samples/step-<step>.png` every `every` steps and at the last one; leaves its path in `latest`.
 
-    The autoencoder shows held-out pictures above their reconstructions; the denoiser draws `prompts` with the seeds
-    0, 1, 2, ... from the averaged weights.
+    The autoencoder shows held-out pictures above their reconstructions; the denoiser draws `prompts` and `columns`
+    (see `one_for_each`) with the seeds 0, 1, 2, ... from the averaged weights. A model without text has empty prompts.
     """
 
     def __init__(
-        self, every: int | None, folder: Path, *, prompts: list[str] | None = None, sampling: Sampling | None = None
+        self,
+        every: int | None,
+        folder: Path,
+        *,
+        prompts: list[str] | None = None,
+        columns: Mapping[str, Any] | None = None,
+        sampling: Sampling | None = None,
     ) -> None:
         self.every, self.folder = every, folder
-        self.prompts, self.sampling = prompts or [], sampling
+        given = prompts or ([""] if columns else [])
+        self.prompts, self.columns = one_for_each(given, columns or {}) if given else ([], {})
+        self.sampling = sampling
         self.latest: Path | None = None
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: StageModule, *_: object) -> None:  # type: ignore[override]
@@ -57,8 +67,9 @@ class Samples(pl.Callback):
     def _from_prompts(self, module: DiffusionModule):
         if not self.prompts or self.sampling is None:
             return None
-        pictures = text_to_image(module.model, self.prompts, list(range(len(self.prompts))), self.sampling)
-        return captioned_grid(to_uint8(pictures), self.prompts)
+        seeds = list(range(len(self.prompts)))
+        pictures = text_to_image(module.model, self.prompts, seeds, self.sampling, columns=self.columns)
+        return captioned_grid(to_uint8(pictures), subtitles(self.prompts, self.columns))
 
 
 def _reconstructions(trainer: pl.Trainer, module: AutoencoderModule, count: int = 8):
