@@ -58,7 +58,7 @@ def network(arm: str, size: str, device: torch.device) -> nn.Module:
     try:
         from diffusers import UNet2DConditionModel
     except ImportError:
-        raise LdmError("EXTRA", "diffusers is not installed", next='pip install "ldm[interop]"') from None
+        raise LdmError("INSTALL", "diffusers is not installed", next='pip install "ldm[interop]"') from None
     shape = {"block_out_channels": widths, "attention_head_dim": [width // head_dim for width in widths]}
     return (
         UNet2DConditionModel(

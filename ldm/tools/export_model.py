@@ -18,14 +18,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.checkpoints import files
+from ldm.checkpoints import files, manifest
 from ldm.checkpoints.formats import clip, compvis, diffusers, keymap
 from ldm.checkpoints.formats.description import kind_of, read_prediction_node, read_schedule_node, scaling_factor
 from ldm.checkpoints.formats.keymap import KeyMap
+from ldm.checkpoints.formats.reading import read_file
 from ldm.checkpoints.run import find_run
+from ldm.checkpoints.store import Checkpoint
 from ldm.checkpoints.tensorfile import write_tensors
 from ldm.errors import LdmError
-from ldm.model import open_stage, read_weights
+from ldm.model import open_stage
 from ldm.tools.import_model import (
     AUTOENCODER,
     CONDITIONER,
@@ -153,8 +155,7 @@ def read_run(path: Path, weights: str = "ema", parts: Sequence[str] = PARTS) -> 
     denoiser = with_defaults(config["denoiser"])["args"]
     network = _arguments(denoiser["network"], UNET, "model.network")
     autoencoder = _arguments(latents.document("config")["autoencoder"], AUTOENCODER, "model.autoencoder")
-    tensors = read_weights(diffusion, weights)
-    vae = read_weights(latents, "ema")
+    tensors, vae = mapped(diffusion, weights), mapped(latents, "ema")
     text = None
     if "text" in parts:
         if network["vector_size"] is not None:
@@ -182,6 +183,17 @@ def read_run(path: Path, weights: str = "ema", parts: Sequence[str] = PARTS) -> 
         std=vae["statistics.std"],
         parts=tuple(parts),
     )
+
+
+def mapped(checkpoint: Checkpoint, weights: str) -> Tensors:
+    """What `read_weights` gives, as views of the files: exporting copies from disk to disk."""
+
+    def tensors(name: str) -> Tensors:
+        found, _ = read_file(manifest.check_file(checkpoint.path, checkpoint.manifest, f"{name}.safetensors"))
+        return found | {alias: found[first] for alias, first in checkpoint.manifest["aliases"].get(name, {}).items()}
+
+    averaged = weights == "ema" and "ema.safetensors" in checkpoint.manifest["files"]
+    return {**tensors("model"), **(tensors("ema") if averaged else {})}
 
 
 _ALONE = "export the networks alone: --parts unet,vae"

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -158,7 +159,8 @@ def test_a_pickle_with_code_does_not_run(tmp_path, monkeypatch, write):
     with pytest.raises(LdmError, match="mkdir"):
         import_model(path, tmp_path / "run")
     assert not marker.exists() and sorted(p.name for p in tmp_path.iterdir()) == ["model.ckpt"]
-    torch.load(path, weights_only=False)
+    with suppress(RuntimeError):  # afterwards torch misses its own header in a plain pickle
+        torch.load(path, weights_only=False)
     assert marker.exists()  # the payload is alive
 
 

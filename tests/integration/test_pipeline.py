@@ -146,7 +146,7 @@ def test_fine_tuning_on_a_folder(finished, shards, tmp_path):
     assert any(not torch.equal(p, before[name]) for name, p in new.denoiser.named_parameters())
     first = metrics(tuned, "diffusion")[0]
     assert first["train/step"] == 1
-    with pytest.raises(LdmError, match="does not fit the model"):
+    with pytest.raises(LdmError, match="do not fit the model"):
         train(config(folder, tmp_path / "wide", *more, "model.network.block_channels=[32]"))
 
 

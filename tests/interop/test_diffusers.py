@@ -81,6 +81,7 @@ def test_an_imported_pipeline_draws_the_same_picture(pipelines, family):
         assert (our_pictures(run, **change) - theirs).abs().max() > 10 * PICTURE, change
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", PREDICTIONS)
 def test_an_exported_model_draws_the_same_picture(pipelines, tmp_path, family):
     from diffusers import DiffusionPipeline, StableDiffusionPipeline
@@ -98,6 +99,7 @@ def test_an_exported_model_draws_the_same_picture(pipelines, tmp_path, family):
     assert (their_pictures(file) - ours).abs().max() < PICTURE
 
 
+@pytest.mark.slow
 def test_a_run_with_all_that_differs_draws_the_same_picture(tmp_path):
     """SD2's whole tower of 24 blocks with its last one unused, and statistics of each channel, in a single file."""
     from diffusers import DiffusionPipeline, StableDiffusionPipeline
@@ -119,6 +121,7 @@ def test_a_run_with_all_that_differs_draws_the_same_picture(tmp_path):
     assert (their_pictures(folder) - ours).abs().max() > 10 * PICTURE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["shards", "fp16", "bin"])
 def test_the_other_ways_in_which_diffusers_saves(pipelines, tmp_path, how):
     from diffusers import DiffusionPipeline
@@ -220,6 +223,7 @@ def test_the_commands(pipelines, tmp_path):
     assert Image.open(next(tmp_path.glob("*.png"))).size == (64, 64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", PREDICTIONS)
 def test_training_goes_on_from_an_imported_run(pipelines, shards, tmp_path, family):
     from ldm.config import compose
@@ -229,11 +233,9 @@ def test_training_goes_on_from_an_imported_run(pipelines, shards, tmp_path, fami
     run = pipelines[family][2]
     shutil.copytree(CONFIGS, tmp_path / "configs")
     shutil.copy(run / "experiment.yaml", tmp_path / "configs" / "experiment" / "mine.yaml")
-    words = [
-        "experiment=mine", f"data.path={shards}", f"output_dir={tmp_path}", "name=tuned", "logger.mode=disabled",
-        "stage.diffusion.max_steps=1", "stage.diffusion.batch_size=2", "stage.diffusion.sample_every=null",
-        "stage.diffusion.validate_every=null", "stage.diffusion.precision=32", "stage.diffusion.sample_prompts=[]",
-    ]  # fmt: skip
+    stage = ["max_steps=2", "lr_schedule.warmup_steps=0", "batch_size=2", "sample_every=null", "validate_every=null"]
+    words = ["experiment=mine", f"data.path={shards}", f"output_dir={tmp_path}", "name=tuned", "logger.mode=disabled"]
+    words += [f"stage.diffusion.{word}" for word in (*stage, "precision=32", "sample_prompts=[]")]
     train(compose("train", words, config_dir=tmp_path / "configs"))
     before, after = making.tensors_of(run), making.tensors_of(tmp_path / "tuned")
     changed = {name for name in before if not torch.equal(before[name], after[name])}
