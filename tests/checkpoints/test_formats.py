@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ldm.build import build_saved
+from ldm.build import build, build_saved
 from ldm.checkpoints.formats import clip, compvis, diffusers, keymap
 from ldm.checkpoints.formats.description import betas_of, recognise_betas, scaling_factor
 from ldm.checkpoints.formats.reading import read_file, read_json, read_part
@@ -363,6 +363,22 @@ def test_stable_diffusion_2_needs_its_prediction_and_1_is_assumed(runs, tmp_path
     assert "does not say what it predicts: epsilon" in capsys.readouterr().out
     with pytest.raises(LdmError, match="scheduler says prediction epsilon, not v"):
         import_model(export(runs["sd1"], tmp_path / "folder", "diffusers"), tmp_path / "other", "v")
+
+
+@pytest.mark.parametrize("layout, name", [("diffusers", "folder"), ("compvis", "model.safetensors")])
+def test_a_schedule_that_ends_in_pure_noise_stays_one(tmp_path, layout, name):
+    inner = {"class": "ldm.diffusion.schedule.DiscreteVP", "args": {}}
+    schedule = {"class": "ldm.diffusion.schedule.ZeroTerminalSNR", "args": {"schedule": inner}}
+    sampler = {"spacing": "trailing", "offset": 0}
+    run = making.our_run(tmp_path / "run", prediction="Velocity", schedule=schedule, sampler=sampler)
+    import_model(export(run, tmp_path / name, layout), tmp_path / "back")
+    before, after = LatentDiffusion.load(run), LatentDiffusion.load(tmp_path / "back")
+    assert (
+        after.denoiser.schedule == before.denoiser.schedule and after.denoiser.prediction == before.denoiser.prediction
+    )
+    levels = [build({**model.sampler, "steps": 20}).levels(model.denoiser.schedule) for model in (before, after)]
+    assert [float(level.alpha) for level in levels[0]] == [float(level.alpha) for level in levels[1]]
+    assert float(levels[1][0].alpha) == 0.0
 
 
 def test_betas_are_recognised_or_refused():
