@@ -4,7 +4,7 @@ PYTHON ?= python3
 PY := .venv/bin/python
 READY := .venv/.ready-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
 
-.PHONY: demo test test-full soak lint types clean env
+.PHONY: demo test test-full soak lint types clean env interop
 
 demo: env
 	@$(PY) -m ldm.tools.demo
@@ -30,6 +30,10 @@ clean:
 	find . -path ./.venv -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
 env: $(READY)
+
+# diffusers and transformers beside the rest: the tests then compare with them too
+interop: env
+	@$(PY) -c "import diffusers, transformers, peft" 2>/dev/null || .venv/bin/pip install -q -e ".[dev,interop]" -c constraints.txt
 
 $(READY):
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' \
