@@ -29,17 +29,16 @@ _LISTED = frozenset(
     + [f"torch.optim.lr_scheduler.{name}" for name in _LR_SCHEDULES.split()]
     + ["pytorch_lightning.callbacks.DeviceStatsMonitor", "pytorch_lightning.callbacks.LearningRateMonitor"]
 )
-# Rooms whose classes and functions a config may name; entry points, importers and this file are not among them.
+# Rooms and files whose classes and functions a config may name; entry points, importers and this file are not there.
 _ROOMS = (
     "ldm.adapters.",
     "ldm.data.",
     "ldm.diffusion.",
     "ldm.models.",
     "ldm.reconstruction.",
-    "ldm.sampling.",
-    "ldm.training.",
+    "ldm.sampling.tasks.",
+    "ldm.training.lr_schedule.",
 )
-_NEVER = ("ldm.sampling.main.", "ldm.training.fit.", "ldm.training.launch.")  # entry points
 _SAVED_ROOMS = ("ldm.models.", "ldm.diffusion.")
 
 
@@ -103,7 +102,7 @@ def resolve(name: str, *, where: str = "", trusted: tuple[str, ...] = ()) -> Cal
     if name in _LISTED:
         return found
     defined = f"{getattr(found, '__module__', '')}.{getattr(found, '__qualname__', '')}"
-    if not (inspect.isclass(found) or inspect.isfunction(found)) or not _is_in(defined, rooms):
+    if not (inspect.isclass(found) or inspect.isfunction(found)) or not defined.startswith(rooms):
         raise LdmError("BUILD", f"{name} is not a class or function that its module defines", where=where)
     return found
 
@@ -127,14 +126,10 @@ def _walk(node: Any, where: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
             yield from _walk(value, f"{where}[{index}]")
 
 
-def _is_in(name: str, rooms: tuple[str, ...]) -> bool:
-    return name.startswith(rooms) and not name.startswith(_NEVER)
-
-
 def _check_name(name: Any, where: str, rooms: tuple[str, ...], listed: frozenset[str]) -> None:
     parts = name.split(".") if isinstance(name, str) else []
     plain = len(parts) > 1 and all(p.isidentifier() and not p.startswith("_") for p in parts)
-    if plain and (name in listed or _is_in(name, rooms)):
+    if plain and (name in listed or name.startswith(rooms)):
         return
     close = get_close_matches(str(name), sorted(listed), n=1)
     allowed = f"nearest allowed name: {close[0]}" if close else "allowed: " + ", ".join(f"{r}*" for r in rooms)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from functools import cache
@@ -46,8 +46,9 @@ def compose(config_name: str, argv: Sequence[str], *, config_dir: Path = CONFIGS
         choices = [f"~{w.split('=')[0]}" if o.value() is None and not o.is_delete() else w for w, o in groups]
         whole = compose_with(choices)
         tree = _plain(whole)
+        known = dict(walk(tree))
         raise_all(_check_keys(values, texts, tree) + _check_overlays(tree, compose_with, config_dir))
-        words_of_values = [f"++{w}" if _is_open(o) else w for w, o in values]
+        words_of_values = [f"++{w}" if _is_open(o, known) else w for w, o in values]
         whole = compose_with(choices + words_of_values) if values else whole
         _check_hydra_node(whole.pop("hydra"), words)
         return {**_resolve(whole), **texts}
@@ -223,7 +224,7 @@ def _check_keys(values: Sequence[tuple[str, Any]], texts: Mapping[str, str], tre
         key = override.key_or_group
         if override.is_sweep_override():
             problems.append(_a_sweep(word))
-        elif key not in known and not _is_open(override):
+        elif key not in known and not _is_open(override, known):
             if not override.is_add() and not override.is_force_add():  # `build` judges what `+key=` adds
                 problems.append(_unknown(key, names))
         elif isinstance(known.get(key), dict) and not isinstance(override.value(), dict | None):
@@ -233,9 +234,9 @@ def _check_keys(values: Sequence[tuple[str, Any]], texts: Mapping[str, str], tre
     return problems
 
 
-def _is_open(override: Any) -> bool:
-    """Whether a word sets a mapping of `OPEN` or a key in one, without a sign of its own."""
-    inside = any(f"{override.key_or_group}.".startswith(f"{key}.") for key in OPEN)
+def _is_open(override: Any, known: Collection[str]) -> bool:
+    """Whether a word sets a mapping of `OPEN` that this tree has, or a key in one, without a sign of its own."""
+    inside = any(key in known and f"{override.key_or_group}.".startswith(f"{key}.") for key in OPEN)
     return inside and not (override.is_add() or override.is_force_add() or override.is_delete())
 
 

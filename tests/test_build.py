@@ -50,6 +50,7 @@ PAYLOADS = [
     "ldm.sampling.main.build",
     "ldm.sampling.main.sample",
     "ldm.training.fit.train",
+    "ldm.training.run_stage.run_stage",
     "ldm.build.build",
     "ldm.build.resolve",
     "ldm.cli.run",

@@ -217,6 +217,7 @@ def test_trusted_packages_come_from_the_command_line_only(tree, configs):
         ("stage.difusion.batch_size=3", "did you mean 'stage.diffusion.batch_size'"),
         ("data.pth=x", "did you mean 'data.path'"),
         ("data.zzzzz=x", "known: data.columns, data.drop_prob, data.image_size, data.path"),
+        ("columns.shape=star", "unknown key 'columns.shape'"),  # sample.py's, not this tree's
         ("promt=x", "did you mean 'prompt'"),
         ("experiment=dmeo", "experiment has no option 'dmeo'; did you mean 'demo'"),
         ("model/network=nope", "model/network has no option 'nope'; known: unet"),

@@ -16,6 +16,7 @@ from ldm import __version__
 from ldm.build import build
 from ldm.data.decode import BadSample, decode_image
 from ldm.data.transforms import to_images
+from ldm.diffusion.schedule import for_size
 from ldm.errors import LdmError, nearest
 from ldm.model import LatentDiffusion
 from ldm.models.conditioner.compose import parts_of
@@ -36,9 +37,9 @@ def sample(cfg: Mapping[str, Any], trusted: tuple[str, ...] = ()) -> None:
     node = choose_sampler(cfg["sampler"], model)
     sampling: Sampling = build(node, where="sampler", trusted=trusted)
     height, width = cfg["height"] or model.image_size, cfg["width"] or model.image_size
-    model.latent_shape(height, width)  # refuses a size that does not fit before anything is written
+    shape = model.latent_shape(height, width)  # refuses a size that does not fit before anything is written
     start = load_image(cfg["image"], height, width) if cfg["image"] is not None else None
-    sampling.check(model.denoiser.schedule, cfg["strength"] if start is not None else 1.0)
+    sampling.check(for_size(model.denoiser.schedule, shape), cfg["strength"] if start is not None else 1.0)
     folder = Path(cfg["output_dir"])
     folder.mkdir(parents=True, exist_ok=True)
 

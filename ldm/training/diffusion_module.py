@@ -52,11 +52,15 @@ class DiffusionModule(StageModule):
         return self.trained_parts
 
     def on_fit_start(self) -> None:
-        """Moves the autoencoder along and, for a small set, encodes every picture once."""
+        """Moves the autoencoder along, tells the data what the conditioner can read and, for a small set, encodes every
+        picture once.
+        """
         self.model.to(self.device)
         data = self.trainer.datamodule  # type: ignore[attr-defined]
-        channels, height, width = self.model.latent_shape(self.model.image_size, self.model.image_size)
-        megabytes = (data.num_train + data.num_val) * 2 * channels * height * width * 4 / 2**20
+        data.check_columns(self.model.conditioner.checks)
+        _, height, width = self.model.latent_shape(self.model.image_size, self.model.image_size)
+        pixels = (data.num_train + data.num_val) * height * width
+        megabytes = pixels * self.model.autoencoder.moment_channels * 4 / 2**20
         if megabytes > self.cache_latents_mb or data.transform != data.transform.without_chance():
             return
         tables = []
@@ -73,17 +77,19 @@ class DiffusionModule(StageModule):
 
     @torch.no_grad()
     def latents(self, batch: Batch, draws: Draws, purpose: Purpose) -> Tensor:
-        """Standardised latents drawn from the posterior, [B, C, h, w]."""
+        """Standardised latents drawn from the posterior, where there is one, [B, C, h, w]."""
         autoencoder, moments = self.model.autoencoder, batch.moments
         if moments is None:
             with torch.autocast(self.device.type, enabled=False):  # as when the set is encoded once: in float32
                 moments = autoencoder.moments(batch.images)  # type: ignore[arg-type]
-        return autoencoder.latents(moments, draws.normal(purpose, (moments.shape[1] // 2, *moments.shape[2:])))
+        shape = (autoencoder.latent_channels, *moments.shape[2:])
+        noise = draws.normal(purpose, shape) if autoencoder.moment_channels > autoencoder.latent_channels else None
+        return autoencoder.latents(moments, noise)
 
     @torch.no_grad()
     def validation_terms(self, batch: Batch) -> dict[str, Tensor]:
         """Error at eight equidistant times with fixed noise: comparable from step to step and from run to run."""
-        draws = Draws(0, batch.slots)
+        draws = Draws(0, batch.slots.to(self.device), host=batch.slots)
         x0 = self.latents(batch, draws, Purpose.VALIDATION_POSTERIOR)
         noise = draws.normal(Purpose.VALIDATION_NOISE, x0.shape[1:]).to(x0)
         cond = self.model.condition(batch.captions, batch.columns)

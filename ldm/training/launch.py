@@ -126,7 +126,8 @@ def _worker(
     environment: dict[str, str],
     endings: Any,
 ) -> None:
-    from ldm.training.fit import Place, run_stage
+    from ldm.training.place import Place
+    from ldm.training.run_stage import run_stage
 
     _die_with_parent()
     os.setpgid(0, 0)  # a Ctrl-C in the terminal reaches the parent alone, which passes it on once

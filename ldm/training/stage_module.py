@@ -131,7 +131,8 @@ class StageModule(pl.LightningModule):
         seed_modules(self.key, self.step.train_step, self.step.micro, self.global_rank)
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
-        terms = self.loss(batch, Draws(self.key, batch.slots))
+        slots = batch.slots.to(self.device, non_blocking=True)
+        terms = self.loss(batch, Draws(self.key, slots, host=batch.slots))
         self._micro_logs.append({k: v.detach().float().mean() for k, v in terms.items()})
         self._suspects.append((batch, terms["loss"].detach()))
         self.outcome = self.step(terms["loss"].mean(), self.manual_backward, save_due=self.save_due, stop=self.stop_due)

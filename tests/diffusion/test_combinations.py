@@ -5,7 +5,8 @@ import pytest
 from ldm.cli import compose
 from ldm.diffusion.objective import Objective
 from ldm.errors import LdmError
-from ldm.training.fit import build_objective, train
+from ldm.training.assemble import build_objective
+from ldm.training.fit import train
 from tests.diffusion.combinations import DOCUMENT, TABLES, choices, generated, options
 
 
@@ -42,6 +43,7 @@ def test_parts_are_chosen_one_by_one():
         (["scheduler=sd", "scheduler/prediction=edm"], ("EDM", "DiscreteVP")),
         (["scheduler=flow", "scheduler/prediction=x0", "scheduler/weighting=snr"], ("SNR", "X0", "RectifiedFlow")),
         (["scheduler=sd", "scheduler.schedule.beta_end=2"], ("beta_end",)),
+        (["scheduler.masked=true"], ("'mask'", "given: caption")),
     ],
     ids=str,
 )

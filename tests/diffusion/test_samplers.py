@@ -404,7 +404,7 @@ def test_the_network_is_told_the_time_of_a_raised_level():
 
 def test_training_refuses_a_sampler_that_its_pictures_could_not_use():
     from ldm.cli import compose
-    from ldm.training.fit import check_sampler
+    from ldm.training.assemble import check_sampler
 
     with pytest.raises(LdmError, match=r"sampler edm does not fit the schedule RectifiedFlow.*alpha = 1"):
         check_sampler(compose("train", ["sampler=edm"]))

@@ -1,0 +1,207 @@
+"""Trains one stage in this process: data, module, callbacks and one Trainer."""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.plugins import MixedPrecision
+from pytorch_lightning.utilities.exceptions import SIGTERMException
+
+from ldm.build import build
+from ldm.checkpoints.files import truncate_jsonl
+from ldm.checkpoints.run import StagePaths, redact
+from ldm.checkpoints.store import Store
+from ldm.data.datamodule import DataModule
+from ldm.model import load_pretrained
+from ldm.training.assemble import build_module
+from ldm.training.callbacks.checkpointing import Checkpointing
+from ldm.training.callbacks.monitor import Monitor, choose_mode
+from ldm.training.callbacks.progress import ProgressBar
+from ldm.training.callbacks.recorder import Recorder, StopClock
+from ldm.training.callbacks.samples import Samples
+from ldm.training.callbacks.validation import Validation
+from ldm.training.diffusion_module import DiffusionModule
+from ldm.training.fingerprint import check_drift, fingerprint_of
+from ldm.training.place import Config, Place
+from ldm.training.signals import StopOnSignal, Stopped, not_saved
+from ldm.training.stage_module import StageModule
+from ldm.training.step import per_device
+
+
+def run_stage(cfg: Config, trusted: tuple[str, ...], stage: str, folder: Path, place: Place) -> None:
+    """Trains one stage in this process, which may be one of several."""
+    warnings.filterwarnings("ignore", module="pytorch_lightning")
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    settings_node = cfg["stage"][stage]
+    paths = StagePaths(folder / stage)
+    store = Store(
+        paths.ckpt,
+        keep_last=cfg["checkpoint"]["keep_last"],
+        keep_every=cfg["checkpoint"]["keep_every"],
+        keep_best=cfg["checkpoint"]["keep_best"],
+        verify=cfg["checkpoint"]["verify"],
+    )
+    checkpoint = store.newest()
+    micro_batch = per_device(settings_node["batch_size"], place.world_size, settings_node["accumulate"])
+
+    precision = choose_precision(str(settings_node["precision"]), cfg["trainer"]["accelerator"])
+
+    data: DataModule = build(cfg["data"], where="data", trusted=trusted)
+    data.open()
+    start_step = checkpoint.document("state")["train_step"] if checkpoint else 0
+    data.configure(
+        seed=cfg["seed"],
+        batch_size=settings_node["batch_size"],
+        accumulate=settings_node["accumulate"],
+        rank=place.rank,
+        world_size=place.world_size,
+        start_step=start_step,
+        num_workers=cfg["loader"]["num_workers"],
+        timeout_s=cfg["loader"]["timeout_s"],
+        pin_memory=cfg["trainer"]["accelerator"] in ("gpu", "cuda"),
+        bad_samples_file=paths.bad_samples if place.rank == 0 else None,
+    )
+    module = build_module(cfg, trusted, stage, folder, precision)
+    fingerprint = fingerprint_of(cfg, stage, data, module)
+    environment = {
+        "precision": precision,
+        "device": cfg["trainer"]["accelerator"],
+        "world_size": place.world_size,
+        "micro_batch": micro_batch,
+        "threads": torch.get_num_threads(),
+    }
+    if checkpoint is not None:
+        check_drift(checkpoint, fingerprint, environment, cfg["resume"]["allow"], place)
+        module.resume_from(checkpoint)
+        data.ledger.load_state_dict(checkpoint.document("state")["bad_samples"])
+    elif isinstance(module, DiffusionModule) and not cfg["init_from"]:
+        load_pretrained(module.model.conditioner)
+    if place.rank == 0:
+        for log_file in (paths.metrics, paths.nonfinite):  # of a life that was cut off after its last save
+            truncate_jsonl(log_file, "train/step", start_step)
+        if checkpoint is not None:
+            print(f"{stage}: continuing at step {start_step}", flush=True)
+    if place.rank == 0:
+        _announce(stage, module, settings_node, place, micro_batch, data)
+
+    monitor = _monitor(cfg, stage, folder) if place.rank == 0 else None
+    validation = Validation(settings_node["validate_every"])
+    samples = Samples(
+        settings_node["sample_every"],
+        paths.samples,
+        prompts=settings_node.get("sample_prompts"),
+        columns=settings_node.get("sample_columns"),
+        sampling=build(cfg["sampler"], where="sampler", trusted=trusted) if stage == "diffusion" else None,
+    )
+    recorder = Recorder(paths, validation, samples, monitor)
+    stop = StopOnSignal(module)
+    checkpointing = Checkpointing(
+        store,
+        validation,
+        save_every=settings_node["save_every"],
+        every_minutes=cfg["checkpoint"]["every_minutes"],
+        max_failed_saves=cfg["checkpoint"]["max_failed_saves"],
+        fingerprint=fingerprint,
+        environment=environment,
+    )
+    callbacks = [StopClock(recorder), validation, samples, recorder, ProgressBar(recorder), checkpointing, stop]
+    trainer = make_trainer(cfg["trainer"], precision, callbacks, folder, place)
+    try:
+        trainer.fit(module, datamodule=data)
+    except SIGTERMException as error:  # Lightning's own handler, between its registration and ours
+        raise not_saved(signal.SIGTERM) from error
+    finally:
+        stop.restore()
+        if monitor is not None:
+            monitor.close(timeout_s=30.0 if stop.received is None else 5.0)
+    if stop.received is not None:
+        raise Stopped(stop.received, module.step.train_step)
+
+
+def choose_precision(wanted: str, accelerator: str) -> str:
+    """ "auto": bfloat16 where the hardware computes in it, else float32."""
+    if wanted != "auto":
+        return wanted
+    if accelerator in ("gpu", "cuda"):
+        return "bf16-mixed" if torch.cuda.is_bf16_supported() else "32"
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bf16-mixed" if native else "32"
+
+
+def make_trainer(node: Config, precision: str, callbacks: list[pl.Callback], folder: Path, place: Place) -> pl.Trainer:
+    """Lightning for the loop, the devices and autocast; clock, steps, checkpoints, logs and bar are ours."""
+    plugins: list[Any] = []
+    device = "cuda" if node["accelerator"] in ("gpu", "cuda") else "cpu"
+    if precision == "16-mixed":
+        # our own scaler: Lightning's would unscale only inside optimizer.step(), after the norm was taken
+        plugins.append(MixedPrecision("16-mixed", device, scaler=torch.amp.GradScaler(device, enabled=False)))
+    strategy: Any = node["strategy"]
+    if place.world_size > 1:
+        from ldm.training.launch import environment_plugin
+
+        plugins.append(environment_plugin())
+        if strategy in ("auto", "ddp"):
+            from pytorch_lightning.strategies import DDPStrategy
+
+            strategy = DDPStrategy(
+                process_group_backend="nccl" if device == "cuda" else "gloo",
+                find_unused_parameters=False,
+                broadcast_buffers=False,
+                gradient_as_bucket_view=True,
+            )
+    nodes = int(node["nodes"])
+    options: dict[str, Any] = {"plugins": plugins} if plugins else {}
+    if precision != "16-mixed":
+        options["precision"] = "32-true" if precision == "32" else precision
+    return pl.Trainer(
+        accelerator=node["accelerator"],
+        devices=place.world_size // nodes if place.world_size > 1 else 1,
+        num_nodes=nodes,
+        strategy=strategy,
+        **options,
+        max_steps=-1,
+        max_epochs=-1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+        limit_val_batches=0,
+        callbacks=callbacks,
+        default_root_dir=str(folder),
+        inference_mode=False,
+    )
+
+
+def _announce(stage: str, module: StageModule, node: Config, place: Place, micro_batch: int, data: DataModule) -> None:
+    count = sum(p.numel() for p in module.trained().parameters() if p.requires_grad)
+    print(
+        f"{stage}: {count / 1e6:.1f} M parameters, {data.num_train} training and {data.num_val} validation pictures, "
+        f"{node['max_steps']} steps of {node['batch_size']} images "
+        f"({place.world_size} x {micro_batch} x {node['accumulate']}), precision {module.settings.precision}",
+        flush=True,
+    )
+
+
+def _monitor(cfg: Config, stage: str, folder: Path) -> Monitor | None:
+    mode = choose_mode(cfg["logger"]["mode"])
+    if mode == "disabled":
+        return None
+    record = json.loads((folder / "run.json").read_text())
+    return Monitor(
+        mode=mode,
+        project=cfg["logger"]["project"],
+        name=cfg["name"],
+        stage=stage,
+        run_id=record["stages"][stage]["wandb_id"],
+        folder=folder / stage,
+        config=redact(dict(cfg)),
+    )
