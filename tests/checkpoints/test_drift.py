@@ -28,7 +28,7 @@ def test_each_key_is_guarded_and_can_be_accepted(key):
     with pytest.raises(Drift) as caught:
         compare(SAVED, now, ["other.key"])
     assert caught.value.exit_code == 2 and caught.value.line().startswith(f"error[DRIFT]: {key}; checkpoint ")
-    assert caught.value.line().endswith(f"restore it or add resume.allow=[{key}]")
+    assert caught.value.line().endswith(f"restore it, choose another name=, or add resume.allow=[{key}]")
     assert len(compare(SAVED, now, [key])) == 1
 
 
@@ -37,7 +37,7 @@ def test_the_words():
         compare(SAVED, {**SAVED, "stage.diffusion.batch_size": 8})
     assert caught.value.line() == (
         "error[DRIFT]: stage.diffusion.batch_size; checkpoint 40, now 8; "
-        "restore it or add resume.allow=[stage.diffusion.batch_size]"
+        "restore it, choose another name=, or add resume.allow=[stage.diffusion.batch_size]"
     )
 
 
@@ -50,7 +50,7 @@ def test_one_line_per_key_and_one_remedy():
     assert shown[0] == "error[DRIFT]: latent_id; checkpoint abc, now x\\ny"
     assert shown[1] == "error[DRIFT]: seed; checkpoint 1, now 2"
     assert shown[2].startswith(
-        "error[DRIFT]: stage.diffusion.max_steps; checkpoint 1000, now absent; restore it or add "
+        "error[DRIFT]: stage.diffusion.max_steps; checkpoint 1000, now absent; restore it, choose another name=, or add "
     )
     assert shown[2].endswith("resume.allow=[latent_id,seed,stage.diffusion.max_steps]") and len(shown) == 3
     assert pickle.loads(pickle.dumps(caught.value)).line() == caught.value.line()
