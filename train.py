@@ -7,7 +7,10 @@ from ldm.cli import run
 
 def main(cfg: dict[str, Any], trusted: tuple[str, ...]) -> int | None:
     """Trains the stages that are left of a run; the same command again continues it."""
-    from ldm.training.fit import train  # here: help and configuration errors do not wait for torch
+    from ldm.data.splits import check_data
+
+    check_data(cfg["data"])
+    from ldm.training.fit import train  # here: help, and errors of configuration and data, do not wait for torch
 
     return train(cfg, trusted)
 

@@ -79,7 +79,9 @@ def fold(key: int | Tensor, purpose: Purpose | int, index: Tensor | int) -> Tens
     Returns int64 keys of index's shape, in [0, 2^63).
     """
     index = torch.as_tensor(index, dtype=torch.int64)
-    key = torch.as_tensor(key, dtype=torch.int64, device=index.device)
+    if not isinstance(key, Tensor):  # filled in on the device: a copy would make the host wait for it
+        key = torch.full((), key, dtype=torch.int64, device=index.device)
+    key = key.to(index.device)
     words = _split(key.expand(torch.broadcast_shapes(key.shape, index.shape)))
     lo, hi = _split(index.expand(words[0].shape))
     a, b, _, _ = philox((lo, hi, torch.full_like(lo, int(purpose)), torch.zeros_like(lo)), words)
@@ -132,10 +134,16 @@ class Draws:
     """The draws of some samples: `key` stands for the run, `index` [B] int64 says which samples.
 
     Training hands its slots (global sample numbers), validation the position in the set, sampling the seeds.
+    The draws are made on index's device.  host: the index on the host, where it is known there too.
     """
 
     key: int
     index: Tensor
+    host: Tensor | None = None
+
+    def on_host(self) -> Draws:
+        """The same draws made on the host, which waits for the device only if `host` is None."""
+        return Draws(self.key, self.index.cpu() if self.host is None else self.host)
 
     def keys(self, purpose: Purpose) -> Tensor:
         return fold(self.key, purpose, self.index)

@@ -60,9 +60,10 @@ class _Moves:
 class Batch(_Moves):
     """Captioned pictures on their way into a model.
 
-    slots: [B] int64, global sample numbers since step 0; every per-sample draw is keyed by them.
+    slots: [B] int64, global sample numbers since step 0; every per-sample draw is keyed by them. They stay on the host.
     keys: the samples' names.   images: [B, 3, H, W] in [-1, 1], or None when `moments` came from a cache.
-    moments: [B, 2C, h, w], mean and log-variance of the encoder's posterior, or None.
+    moments: [B, 2C, h, w], mean and log-variance of the encoder's posterior (the mean alone, [B, C, h, w], where the
+        autoencoder draws nothing), or None.
     captions: B strings.   columns: further conditions by name.   valid: [B] bool, False for padding.
     """
 
@@ -76,6 +77,10 @@ class Batch(_Moves):
 
     def __len__(self) -> int:
         return len(self.slots)
+
+    def to(self, *args: Any, **kwargs: Any) -> Batch:
+        # by the slots the host decides which conditions are dropped: it must not wait for a device to know them
+        return replace(super().to(*args, **kwargs), slots=self.slots)
 
 
 @dataclass(frozen=True)
@@ -160,11 +165,17 @@ class Network(Protocol):
     def __call__(self, x: Tensor, time: Tensor, cond: Conditioning) -> Tensor: ...
 
 
+Check = Callable[[Any], object]
+"""Raises LdmError for a value that a column cannot have. A plain value itself: data workers get a copy."""
+
+
 class Conditioner(Protocol):
     """What turns named columns of a batch into a `Conditioning`: text, class labels, numbers.
 
     reads: the columns that it is called with, in this order; "caption" is the text.
+    checks: by column, what every value must pass; a text needs none.
     provides: the fields of its `Conditioning`.   width: D of its tokens.   vector_size: E of its vector; None = none.
+    length: L of its tokens; None = it follows the batch, or there are no tokens.
     drop_prob: share of the samples whose condition gives way to its null in training.
 
     Each argument is a list of B values. The null is what it makes of an absent value: the empty prompt for text,
@@ -172,8 +183,10 @@ class Conditioner(Protocol):
     """
 
     reads: tuple[str, ...]
+    checks: Mapping[str, Sequence[Check]]
     provides: frozenset[str]
     width: int | None
+    length: int | None
     vector_size: int | None
     drop_prob: float
 

@@ -427,14 +427,17 @@ exec(compile(open("train.py").read(), "train.py", "exec"), {"__name__": "__main_
 """
 
 
-@pytest.mark.parametrize("words, code", [(["--help"], 0), (["stage.difusion.max_steps=3", "nope=1"], 2), (["a=["], 2)])
-def test_help_and_config_errors_are_quick_and_without_torch(words, code):
+@pytest.mark.parametrize(
+    "words, code",
+    [(["--help"], 0), (["stage.difusion.max_steps=3", "nope=1"], 2), (["a=["], 2), (["data.path=/no/such"], 2)],
+)
+def test_help_and_the_errors_of_configuration_and_data_are_quick_and_without_torch(words, code):
     started = time.monotonic()
     done = subprocess.run([sys.executable, "-c", WATCH, *words], cwd=ROOT, capture_output=True, text=True)
     assert time.monotonic() - started < 4  # 2 s are promised; the machine of the tests may be busy
     assert done.returncode == code, done.stderr
     assert "HEAVY []" in done.stdout
-    assert all(line.startswith("error[CONFIG]: ") for line in done.stderr.splitlines())
+    assert all(line.startswith(("error[CONFIG]: ", "error[DATA]: ")) for line in done.stderr.splitlines())
 
 
 # ---- python -m ldm

@@ -4,8 +4,9 @@ import itertools
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from ldm.random import Purpose, bits, fold, normal, philox, run_key, seed_modules, uniform
+from ldm.random import Draws, Purpose, bits, fold, normal, philox, run_key, seed_modules, uniform
 
 # Random123's kat_vectors, philox4x32-10: counter, key, result.
 KNOWN_ANSWERS = [
@@ -80,3 +81,41 @@ def test_module_seed_depends_on_position():
     assert torch.equal(draw(5, 0, 0), draw(5, 0, 0))
     distinct = {tuple(draw(*p).tolist()) for p in [(5, 0, 0), (6, 0, 0), (5, 1, 0), (5, 0, 1)]}
     assert len(distinct) == 4
+
+
+class FromHost(TorchDispatchMode):
+    """Counts the tensors that are made from values of the host: with a GPU the host waits for the copy."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten.lift_fresh.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_draws_bring_nothing_from_the_host():
+    draws = Draws(run_key(0), torch.arange(4, device="meta"))
+    with FromHost() as copies:
+        assert draws.keys(Purpose.NOISE).shape == draws.low_discrepancy(Purpose.TIMESTEP).shape == (4,)
+    assert copies.count == 0
+    with FromHost() as copies:
+        torch.as_tensor(run_key(0), device="meta")
+    assert copies.count == 1
+
+
+def test_draws_are_one_graph():
+    key, index = run_key(0), torch.arange(4)
+
+    def draw(index):
+        return Draws(key, index).normal(Purpose.NOISE, (3,))
+
+    assert torch.equal(torch.compile(draw, fullgraph=True, backend="eager")(index), draw(index))
+
+
+def test_draws_on_the_host_are_the_same():
+    there = Draws(run_key(0), torch.arange(4, device="meta"), host=torch.arange(4))
+    here = Draws(run_key(0), torch.arange(4))
+    assert torch.equal(there.on_host().uniform(Purpose.CONDITION_DROP), here.uniform(Purpose.CONDITION_DROP))
+    assert torch.equal(here.on_host().index, here.index)

@@ -25,7 +25,11 @@ class Drift(LdmError):
 
     def __init__(self, lines: Sequence[str], keys: Sequence[str]) -> None:
         self.lines, self.keys = list(lines), list(keys)
-        super().__init__("DRIFT", self.lines[-1], next=f"restore it, choose another name=, or add resume.allow=[{','.join(self.keys)}]")
+        super().__init__(
+            "DRIFT",
+            self.lines[-1],
+            next=f"restore it, choose another name=, or add resume.allow=[{','.join(self.keys)}]",
+        )
 
     def __reduce__(self):
         return Drift, (self.lines, self.keys)

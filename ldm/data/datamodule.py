@@ -8,24 +8,23 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytorch_lightning as pl
 from PIL import ImageColor
 from torch import Tensor
 
-from ldm.data import paths
-from ldm.data.bad_samples import Bad, BadSamples, budget_error
-from ldm.data.index import BAD_KINDS
+from ldm.data.bad_samples import Bad, BadSamples
 from ldm.data.loader import FiniteStream, Stream
 from ldm.data.order import Order, check_cut
 from ldm.data.pipeline import SIZE, PassPlan, Plan, TrainPlan, stages
-from ldm.data.shards import Dataset, open_dataset
+from ldm.data.shards import Dataset
+from ldm.data.splits import open_splits
 from ldm.data.transforms import Transform
 from ldm.errors import LdmError
 from ldm.random import run_key
+from ldm.types import Check
 
 Moments = tuple[Tensor, Tensor]
-"""[N, 2C, h, w] by sample id, and [N] bool: whether the sample could be encoded."""
+"""[N, 2C, h, w] (see `Batch`) by sample id, and [N] bool: whether the sample could be encoded."""
 
 
 class DataModule(pl.LightningDataModule):
@@ -69,23 +68,26 @@ class DataModule(pl.LightningDataModule):
         columns: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__()
-        if not 0 <= val_fraction < 1:
-            raise LdmError("CONFIG", f"val_fraction={val_fraction}", where="data.val_fraction", limit="0 <= it < 1")
-        self.path, self.val_path = path, val_path
         self.transform = Transform(image_size, crop, flip_prob, upscale, _colour(background))
         self.lanes, self.window_mb, self.remainder = lanes, window_mb, remainder
         self.max_bad_fraction, self.max_consecutive_bad, self.strict = max_bad_fraction, max_consecutive_bad, strict
         self.caption_prefix, self.caption_suffix = caption_prefix, caption_suffix
-        self.val_fraction, self.max_val_samples = val_fraction, max_val_samples
-        self.max_train_samples = max_train_samples
         self.columns = _checked_columns(columns or {})
         self._opening: dict[str, Any] = {
+            "path": path,
+            "val_path": val_path,
+            "val_fraction": val_fraction,
+            "max_val_samples": max_val_samples,
+            "max_train_samples": max_train_samples,
+            "max_bad_fraction": max_bad_fraction,
+            "strict": strict,
             "index_dir": index_dir,
             "on_missing_caption": on_missing_caption,
             "on_truncated": on_truncated,
         }
         self._sets: dict[str, Dataset | None] = {}
         self._moments: dict[str, Moments] = {}
+        self._checks: Mapping[str, Sequence[Check]] = {}
         self._run: dict[str, Any] = {}
 
     # ---- what there is -----------------------------------------------------------------------------------------
@@ -93,40 +95,8 @@ class DataModule(pl.LightningDataModule):
     def open(self) -> DataModule:
         """Index both splits, once. Raises LdmError if shards cannot be used or too many samples are bad."""
         if not self._sets:
-            train, val = self._open_splits()
-            self._check_budget(train)
-            if self.max_train_samples is not None and self.max_train_samples < train.num_samples:
-                train = train.take(_fewest_hashes(train.keys, self.max_train_samples))
-            self._sets = {"train": train, "val": val}
+            self._sets = dict(zip(("train", "val"), open_splits(**self._opening), strict=True))
         return self
-
-    def _open_splits(self) -> tuple[Dataset, Dataset | None]:
-        train = open_dataset(self.path, split="train", **self._opening)
-        own: dict[str, Any] = {} if self.val_path is None else {"where": "data.val_path"}
-        source = self.path if self.val_path is None else self.val_path
-        if self.val_path is not None or paths.has_val_shards(source):
-            split = "val" if paths.has_val_shards(source) else None
-            val = open_dataset(source, split=split, **own, **self._opening)
-        elif self.val_fraction:
-            chosen = _hash_of(train.keys) < self.val_fraction
-            if not chosen.any() or chosen.all():
-                return train, None
-            train, val = train.take(np.flatnonzero(~chosen)), train.take(np.flatnonzero(chosen))
-        else:
-            return train, None
-        return train, val.take(_fewest_hashes(val.keys, self.max_val_samples))
-
-    def _check_budget(self, dataset: Dataset) -> None:
-        """The index leaves bad samples out before training; they count all the same, but for missing captions."""
-        bad = {k: n for k, n in dataset.problems.items() if k in BAD_KINDS and k != "caption_missing"}
-        share = sum(bad.values()) / (dataset.num_samples + sum(bad.values()))
-        limit = 0.0 if self.strict else self.max_bad_fraction
-        if share > limit:
-            reasons = Counter((p.kind, p.shard) for p in dataset.examples if p.kind in bad)
-            what = (
-                f"{100 * share:.1f} % bad samples, for example {next(p.key for p in dataset.examples if p.kind in bad)}"
-            )
-            raise budget_error(what, f"limit {100 * limit:.1f} %", reasons, None, "data.max_bad_fraction")
 
     def dataset(self, split: str) -> Dataset:
         """Split "train" or "val". Raises LdmError where there is no validation data."""
@@ -229,6 +199,10 @@ class DataModule(pl.LightningDataModule):
             if len(moments) != expected or len(usable) != expected:
                 raise ValueError(f"{len(moments)} moments for {expected} samples of {split}")
 
+    def check_columns(self, checks: Mapping[str, Sequence[Check]]) -> None:
+        """What the model demands of each column's values. A sample that fails is bad, of the kind `column_value`."""
+        self._checks = checks
+
     def train_dataloader(self) -> Stream:
         """Endless, from the configured step on, under the budget."""
         run = self._configured()
@@ -276,6 +250,7 @@ class DataModule(pl.LightningDataModule):
             moments=moments,
             usable=usable,
             columns=self.columns if use_moments else None,
+            checks=self._checks,
         )
         kind = Stream if plan.num_batches is None else FiniteStream
         return kind(pipeline, ledger=ledger, **self._configured()["loading"])
@@ -297,17 +272,6 @@ def _checked_columns(columns: Mapping[str, str]) -> dict[str, str]:
                 next=f"a dotted path in the samples' JSON, or {SIZE}; the caption is no column",
             )
     return dict(columns)
-
-
-def _fewest_hashes(keys: list[str], count: int) -> np.ndarray:
-    """Ids of at most `count` samples, chosen by the hash of their keys, in order."""
-    return np.sort(np.argsort(_hash_of(keys), kind="stable")[:count])
-
-
-def _hash_of(keys: list[str]) -> np.ndarray:
-    """[N] in [0, 1), a pure function of each key."""
-    digests = (hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()[:8] for key in keys)
-    return np.array([int.from_bytes(digest, "big") / 2**64 for digest in digests])
 
 
 def _colour(name: str) -> tuple[int, int, int]:

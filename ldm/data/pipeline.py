@@ -11,7 +11,7 @@ order is the same for every K. The consumer compares the slots of each batch wit
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count, islice
 from typing import Any, Protocol
@@ -28,7 +28,8 @@ from ldm.data.decode import BadSample, decode_caption, decode_columns, decode_im
 from ldm.data.order import Ids, Order, cut
 from ldm.data.shards import Dataset
 from ldm.data.transforms import Transform, to_images
-from ldm.types import Batch
+from ldm.errors import LdmError
+from ldm.types import Batch, Check
 
 SIZE = "@size"  # no field of the JSON: measured from the picture and its crop
 
@@ -176,6 +177,7 @@ class Decode:
 
     usable: [N] bool, for streams of moments: whether the sample's picture could be encoded; then no picture is read.
     columns: name -> dotted path in the sample's JSON, or `SIZE`: what SDXL is told of its size, see `Transform.sizes`.
+    checks: by column, what a value must pass; a sample that fails one is bad, `column_value`.
     """
 
     source: Source
@@ -184,6 +186,7 @@ class Decode:
     suffix: str = ""
     usable: Tensor | None = None
     columns: Mapping[str, str] = field(default_factory=dict)
+    checks: Mapping[str, Sequence[Check]] = field(default_factory=dict)
 
     def __call__(self, samples: Iterable[Raw]) -> Iterator[Example]:
         for raw in samples:
@@ -231,6 +234,12 @@ class Decode:
         if measured:
             width, height = (int(n) for n in self.source.dataset.image_sizes[candidate["__id__"]])
             found |= dict.fromkeys(measured, self.source.transform.sizes(width, height, place["__draw__"]))
+        for name, value in found.items():
+            for check in self.checks.get(name, ()):
+                try:
+                    check(value)
+                except LdmError as error:
+                    raise BadSample("column_value", f"the field {self.columns[name]!r}: {error.what}"[:200]) from error
         return found
 
 
@@ -238,7 +247,7 @@ class Decode:
 class Batches:
     """Last stage: as many examples as the plan's micro-batch has, as one `Batch`, and the reports beside it.
 
-    moments: [N, 2C, h, w] by sample id, instead of pictures.   columns: their names.
+    moments: [N, 2C, h, w] (see `Batch`) by sample id, instead of pictures.   columns: their names.
     """
 
     moments: Tensor | None = None
@@ -276,11 +285,12 @@ def stages(
     moments: Tensor | None = None,
     usable: Tensor | None = None,
     columns: Mapping[str, str] | None = None,
+    checks: Mapping[str, Sequence[Check]] | None = None,
 ) -> Any:
     """The pipeline: an iterable of (Batch, reports) for a loader with `batch_size=None`.
 
     start: first micro-batch.   moments, usable: [N, 2C, h, w] and [N] bool; then no pictures are read.
-    columns: see `Decode`.
+    columns, checks: see `Decode`.
     """
     import webdataset
 
@@ -291,5 +301,5 @@ def stages(
     of_json = any(path != SIZE for path in columns.values())
     fields = ("image",) * (moments is None) + ("txt",) + ("json",) * of_json
     source = Source(dataset, plan, transform, fields, start)
-    decode = Decode(source, max_attempts, prefix, suffix, usable, columns)
+    decode = Decode(source, max_attempts, prefix, suffix, usable, columns, checks or {})
     return webdataset.DataPipeline(source, decode, Batches(moments, tuple(columns)))

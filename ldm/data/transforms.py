@@ -65,18 +65,25 @@ class Transform:
             left, top = (float(u) * (length - side) for u, length in zip(draw, image.size, strict=False))
             box = (left, top, left + side, top + side)
             image = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
-        if self.flip_prob and draw[2] < self.flip_prob:
+        if self._mirrors(draw):
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         return np.asarray(image)
 
     def sizes(self, width: int, height: int, draw: NDArray[np.float32]) -> tuple[int, int, int, int, int, int]:
         """(original height and width, top and left of the crop in the resized picture, height and width) in pixels,
         of a picture of this size: what SDXL is conditioned on (Podell et al. 2023, arXiv:2307.01952, section 2.2).
+
+        The crop lies in the picture as the network sees it: in the mirrored one, if it is mirrored, as in diffusers'
+        train_text_to_image_sdxl.py, which mirrors before it crops.
         """
         size, side = self.image_size, min(width, height)
-        cut = (0.0, 0.0) if self.crop == "pad" else (draw[1] * (height - side), draw[0] * (width - side))
+        across = 1 - draw[0] if self._mirrors(draw) else draw[0]
+        cut = (0.0, 0.0) if self.crop == "pad" else (draw[1] * (height - side), across * (width - side))
         top, left = (round(float(n) * size / side) for n in cut)
         return height, width, top, left, size, size
+
+    def _mirrors(self, draw: NDArray[np.float32]) -> bool:
+        return bool(draw[2] < self.flip_prob)
 
     def _pad(self, image: Image.Image) -> Image.Image:
         size, longest = self.image_size, max(image.size)

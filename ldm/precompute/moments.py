@@ -18,12 +18,12 @@ from ldm.types import Batch
 def encode_dataset(
     autoencoder: AutoencoderKL | Identity, batches: Iterable[Batch], num_samples: int, latent_size: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:
-    """Moments [N, 2C, h, w] float32 on the CPU, and usable [N] bool (False: the picture could not be read).
+    """Moments [N, 2C, h, w] float32 on the CPU (see `Batch`), and usable [N] bool, False for an unreadable picture.
 
     batches: every sample once, its id in `slots`; with several ranks each brings its share.
     """
     device = autoencoder.statistics.mean.device
-    table = torch.zeros(num_samples, 2 * autoencoder.latent_channels, *latent_size)
+    table = torch.zeros(num_samples, autoencoder.moment_channels, *latent_size)
     usable = torch.zeros(num_samples, dtype=torch.bool)
     for batch in batches:
         moments = autoencoder.moments(batch.images.to(device)).float().cpu()  # type: ignore[union-attr]

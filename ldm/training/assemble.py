@@ -51,6 +51,10 @@ def check_model(cfg: Config, trusted: tuple[str, ...] = ()) -> None:
                 limit=f"given: {', '.join(sorted(offered))}",
                 next=f"name the field of the samples' JSON: data.columns.{name}=FIELD",
             )
+    for name, given in (cfg["stage"]["diffusion"].get("sample_columns") or {}).items():
+        for check in conditioner.checks.get(name, ()):
+            for value in given if isinstance(given, list) else [given]:
+                check(value)
     if cfg["scheduler"]["masked"] and "mask" not in offered:
         raise LdmError(
             "CONFIG",

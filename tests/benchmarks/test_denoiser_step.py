@@ -15,20 +15,6 @@ def test_bad_options_are_named(argument, said):
         denoiser_step.main([argument])
 
 
-def test_a_square_of_bfloat16_attention_equals_the_fused_kernel():
-    """The written-out attention that makes the CPU fast is the same function."""
-    import torch
-    import torch.nn.functional as F
-
-    from ldm.models.layers.attention import attention
-
-    torch.manual_seed(0)
-    q, k, v = torch.randn(3, 2, 2, 48, 16, dtype=torch.float64).unbind(0)
-    mask = torch.arange(48).view(1, 1, 1, 48) < 40
-    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    torch.testing.assert_close(attention(q, k, v, mask), expected, rtol=1e-12, atol=1e-12)
-
-
 @pytest.mark.slow
 def test_it_prints_both_arms_of_one_run(capsys):
     pytest.importorskip("diffusers")

@@ -50,7 +50,8 @@ def test_one_line_per_key_and_one_remedy():
     assert shown[0] == "error[DRIFT]: latent_id; checkpoint abc, now x\\ny"
     assert shown[1] == "error[DRIFT]: seed; checkpoint 1, now 2"
     assert shown[2].startswith(
-        "error[DRIFT]: stage.diffusion.max_steps; checkpoint 1000, now absent; restore it, choose another name=, or add "
+        "error[DRIFT]: stage.diffusion.max_steps; checkpoint 1000, now absent; "
+        "restore it, choose another name=, or add "
     )
     assert shown[2].endswith("resume.allow=[latent_id,seed,stage.diffusion.max_steps]") and len(shown) == 3
     assert pickle.loads(pickle.dumps(caught.value)).line() == caught.value.line()

@@ -115,8 +115,8 @@ def test_what_the_index_rejects_counts_against_the_budget(tmp_path):
 
 @pytest.mark.parametrize("options", [{"crop": "x"}, {"background": "blau"}, {"val_fraction": 1.0}])
 def test_wrong_settings(options):
-    with pytest.raises(LdmError):
-        DataModule("x", **options)
+    with pytest.raises(LdmError, match=next(iter(options))):
+        DataModule("x", **options).open()
 
 
 def test_a_lost_worker_is_a_temporary_failure_with_words(tmp_path):

@@ -1,6 +1,7 @@
 """Shards to batches: coverage, order over workers and ranks, resume, replacements, budgets, moments."""
 
 import json
+import sys
 from dataclasses import replace
 
 import pytest
@@ -159,6 +160,46 @@ def test_a_bad_sample_keeps_its_slot_and_is_replaced_deterministically(mixed, tm
         ("decode", "a.tar", "s00003"),
         ("decode", "a.tar", "s00011"),
     }
+
+
+def labelled(number, value):
+    return [*sample(number), (f"s{number:05d}.json", json.dumps({"score": value}).encode())]
+
+
+def at_most_ten(value):
+    if not isinstance(value, float) or not value <= 10:
+        raise LdmError("CONDITION", f"{value!r} is above 10")
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_value_that_the_model_cannot_read_makes_a_sample_bad(tmp_path, num_workers):
+    wrong = {2: 11.0, 5: "9", 7: True, 8: 10**400, 13: 10**5000, 14: float("nan"), 15: [1.0]}
+    sys.set_int_max_str_digits(0)
+    try:
+        members = [m for n in range(20) for m in labelled(n, wrong.get(n, 0.5))]
+    finally:
+        sys.set_int_max_str_digits(4300)
+    data = open_dataset(str(write_tar(tmp_path / "a.tar", members)))
+    file = tmp_path / "bad_samples.jsonl"
+    settings = {"columns": {"s": "score"}, "checks": {"s": [at_most_ten]}}
+    ledger = BadSamples(max_fraction=1.0, num_samples=20, file=file)
+    batches = take(training(data, 4, lanes=2, ledger=ledger, num_workers=num_workers, **settings), 10)
+    assert all(b.valid.all() and b.columns["s"] == [0.5] * 4 for b in batches)
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    kinds = {(row["kind"], int(row["key"][1:])) for row in rows if row["shard"] == "a.tar"}
+    assert kinds == {("column_value", n) for n in (2, 5, 7, 8)} | {("column_missing", n) for n in (13, 14, 15)}
+    assert all(
+        len(row["reason"]) <= 200 and "'score'" in row["reason"] for row in rows if row["kind"] == "column_value"
+    )
+    again = take(training(data, 4, lanes=2, **settings), 10)
+    assert all(same(a, b) for a, b in zip(batches, again, strict=True))
+    alone = Stream(stages(data, PassPlan(20, 20), TRANSFORM.without_chance(), **settings))
+    (batch,) = alone
+    assert sorted(batch.slots[~batch.valid].tolist()) == sorted(wrong)
+    strict = BadSamples(num_samples=20, strict=True)
+    with pytest.raises(LdmError, match=r"column_|above 10") as stopped:
+        take(training(data, 4, lanes=2, ledger=strict, max_attempts=0, **settings), 10)
+    assert stopped.value.exit_code == 3
 
 
 def test_a_stream_without_replacement_marks_what_is_bad(mixed):

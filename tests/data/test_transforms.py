@@ -58,6 +58,28 @@ def test_flip_mirrors():
     assert (once(Transform(20, flip_prob=1.0)) == once(Transform(20))[:, ::-1]).all()
 
 
+@pytest.mark.parametrize("crop", ["center", "random"])
+@pytest.mark.parametrize("flip_prob", [0.0, 1.0])
+@pytest.mark.parametrize("width,height", [(120, 20), (20, 120), (61, 20)])
+def test_the_corner_that_sdxl_is_told_is_where_the_crop_lies_in_the_picture_that_is_seen(
+    crop, flip_prob, width, height
+):
+    """The picture's values are its coordinates: those of the mirrored whole begin at the corner."""
+    across, down = np.meshgrid(np.arange(width), np.arange(height))
+    pixels = np.stack([across, down, 0 * across], -1).astype(np.uint8)
+    seen_whole = pixels[:, ::-1] if flip_prob else pixels
+    transform = Transform(20, crop=crop, flip_prob=flip_prob, key=7)
+    corners = set()
+    for slot in range(8):
+        draw = transform.draws(torch.tensor([slot]))[0]
+        seen = transform(Image.fromarray(pixels), draw)
+        top, left = transform.sizes(width, height, draw)[2:4]
+        expected = seen_whole[top : top + 20, left : left + 20].astype(int)
+        assert np.abs(seen.astype(int) - expected)[1:-1, 1:-1].max() <= 1  # a crop may begin between two pixels
+        corners.add((top, left))
+    assert len(corners) == (1 if crop == "center" else 8)
+
+
 def test_upscale_off_refuses_small_pictures():
     with pytest.raises(BadSample) as caught:
         once(Transform(21, upscale=False))

@@ -1,12 +1,15 @@
 """Pixel models by the same way as all others: no autoencoder stage, unconditional and by class."""
 
+import json
 from copy import deepcopy
 from functools import cache, reduce
 from operator import getitem
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from ldm.checkpoints.store import Store
 from ldm.cli import compose
@@ -14,10 +17,15 @@ from ldm.data.datamodule import DataModule
 from ldm.errors import LdmError
 from ldm.model import LatentDiffusion
 from ldm.models.autoencoder.identity import Identity
+from ldm.models.autoencoder.kl import AutoencoderKL
+from ldm.precompute.moments import encode_dataset
+from ldm.random import Draws, Purpose
 from ldm.sampling.main import sample
 from ldm.sampling.outputs import read_recipe
 from ldm.sampling.tasks import one_for_each
+from ldm.training.diffusion_module import DiffusionModule
 from ldm.training.fit import train
+from ldm.types import Batch
 from tests.integration.tiny import metrics
 
 TINY = [
@@ -80,10 +88,26 @@ def test_an_unconditional_run_is_whole_without_an_autoencoder(unconditional, tmp
     assert len(draw(unconditional, tmp_path, "count=3")) == 3  # no prompt
 
 
+def drawn_pixels(run, folder, *words):
+    """Pixels by (shape, seed)."""
+    found = {}
+    for path in draw(run, folder, *words):
+        recipe = read_recipe(path)
+        found[recipe["shape"], recipe["seed"]] = np.asarray(Image.open(path)).astype(int)
+    return found
+
+
 def test_a_class_decides_the_picture(by_shape, tmp_path):
-    pictures = draw(by_shape, tmp_path, "columns.shape=[star,ring]", "count=2")
-    recipes = [read_recipe(path) for path in pictures]
-    assert sorted((r["shape"], r["seed"]) for r in recipes) == [("ring", 0), ("ring", 1), ("star", 0), ("star", 1)]
+    pixels = drawn_pixels(by_shape, tmp_path / "both", "columns.shape=[star,ring]", "count=2")
+    assert sorted(pixels) == [("ring", 0), ("ring", 1), ("star", 0), ("star", 1)]
+    for seed in (0, 1):  # from the same noise; 15 of 255 apart where this was written
+        assert np.abs(pixels["star", seed] - pixels["ring", seed]).mean() > 2
+    alone = drawn_pixels(by_shape, tmp_path / "alone", "columns.shape=ring", "count=2")
+    for key, picture in alone.items():
+        assert np.abs(picture - pixels[key]).max() <= 1  # whatever else is drawn beside it
+
+
+def test_a_model_reads_its_column(by_shape):
     model = LatentDiffusion.load(by_shape)
     given, null = ({"shape": ["star", "ring"]}, model.null("", {"shape": ["star", "ring"]}, 2))
     cond = model.condition(["", ""], given)
@@ -118,6 +142,7 @@ def test_what_a_model_cannot_read_is_refused(by_shape, tmp_path, words, text):
         ("ddpm_pixels_class", {"model.conditioner.column": "colour"}, "data.columns.colour=FIELD"),
         ("ddpm_pixels_class", {"model.network.vector_size": 7}, "vector_size=7, model.conditioner gives vector"),
         ("ddpm_pixels_class", {"data.columns.shape": "@shape"}, "no field for the column 'shape'"),
+        ("ddpm_pixels_class", {"stage.diffusion.sample_columns.shape": ["ring", "sta"]}, "did you mean 'star'"),
         ("demo", {"model.network.context_size": 64}, "context_size=64, model.conditioner gives tokens of width 128"),
         ("demo", {"model.network.vector_size": 2816}, "vector_size=2816"),
     ],
@@ -147,6 +172,47 @@ def test_columns_travel_with_pictures_and_with_moments(shards):
     assert cached.images is None and cached.columns == batch.columns
     held_out = list(data.val_dataloader(16))[-1]  # 20 = 16 + 4: padded rows have no value
     assert held_out.columns["shape"][4:] == [None] * 12 and None not in held_out.columns["shape"][:4]
+
+
+def test_pixels_are_their_own_moments():
+    """No variance is stored, and no noise is drawn for a posterior that there is not."""
+    autoencoder, images = Identity(), torch.rand(5, 3, 8, 8)
+    assert autoencoder.moments(images) is images and autoencoder.moment_channels == 3
+    table, usable = encode_dataset(autoencoder, [make_batch(images)], 5, (8, 8))
+    assert torch.equal(table, images) and usable.all()
+    assert AutoencoderKL(block_channels=[32]).moment_channels == 8
+
+    class NoDraws(Draws):
+        def normal(self, purpose, shape=()):
+            raise AssertionError(f"noise for {purpose!r}")
+
+    module = SimpleNamespace(model=SimpleNamespace(autoencoder=autoencoder), device=images.device)
+    for batch in (make_batch(images), make_batch(None, moments=images)):
+        latents = DiffusionModule.latents(module, batch, NoDraws(0, batch.slots), Purpose.POSTERIOR)
+        assert torch.equal(latents, images)
+
+
+def make_batch(images, moments=None):
+    slots = torch.arange(5)
+    return Batch(slots, ["k"] * 5, images, moments, [""] * 5, {}, torch.ones(5, dtype=torch.bool))
+
+
+def test_a_label_that_is_no_class_is_a_bad_sample(shards, tmp_path):
+    """The model says what it can read, and the data count, name and replace what it cannot."""
+    classes = "[disc,ring,square,triangle,star,hexagon,cross,heart,crescent]"  # no arrow
+    words = (
+        f"model.conditioner.classes={classes}",
+        "model.conditioner.width=8",
+        "stage.diffusion.sample_columns.shape=star",
+    )
+    runs = tmp_path / "runs"
+    train(config("ddpm_pixels_class", shards, runs, *words))
+    stage = runs / "tiny" / "diffusion"
+    ledger = [json.loads(line) for line in (stage / "bad_samples.jsonl").read_text().splitlines()]
+    assert ledger and {row["kind"] for row in ledger} == {"column_value"}
+    assert all("'arrow' is not a class" in row["reason"] and row["shard"].endswith(".tar") for row in ledger)
+    counts = Store(stage / "ckpt").newest().document("state")["bad_samples"]["counts"]
+    assert counts["column_value"] >= len({row["key"] for row in ledger})
 
 
 def test_a_sample_without_its_field_is_bad(shards):

@@ -1,6 +1,8 @@
 """Conditioners: what each gives, its null, its share of dropped samples, and several as one."""
 
 import math
+import pickle
+import re
 
 import pytest
 import torch
@@ -39,11 +41,11 @@ def draws(count, seed=0):
 class Echo(nn.Module):
     """Shows what it is given: 1 where a value is there, 0 where it is absent."""
 
-    width, provides = None, frozenset(["vector"])
+    width, length, provides = None, None, frozenset(["vector"])
 
     def __init__(self, column, drop_prob=0.0):
         super().__init__()
-        self.reads, self.vector_size, self.drop_prob = (column,), 1, drop_prob
+        self.reads, self.checks, self.vector_size, self.drop_prob = (column,), {}, 1, drop_prob
 
     def forward(self, values):
         return Conditioning(vector=torch.tensor([[float(v not in (None, ""))] for v in values]))
@@ -68,6 +70,9 @@ def test_every_yaml_gives_a_conditioner(path):
     assert conditioner.provides <= {"tokens", "mask", "vector"}
     assert (conditioner.width is not None) == ("tokens" in conditioner.provides)
     assert (conditioner.vector_size is not None) == ("vector" in conditioner.provides)
+    assert conditioner.length is None or "tokens" in conditioner.provides
+    assert set(conditioner.checks) == {*conditioner.reads} - {"caption"}
+    assert set(pickle.loads(pickle.dumps(conditioner.checks))) == set(conditioner.checks)  # data workers get a copy
 
 
 def test_class_label_gives_a_row_for_each_class_and_one_for_none():
@@ -80,11 +85,13 @@ def test_class_label_gives_a_row_for_each_class_and_one_for_none():
     assert torch.equal(numbered([2, None]).vector, numbered.embedding.weight[[2, 3]])
 
 
-@pytest.mark.parametrize("value", ["sta", 7, True, 1.5])
+@pytest.mark.parametrize("value", ["sta", 7, True, 1.5, float("nan"), 10**40, ["star"], {}])
 def test_a_label_that_is_no_class_is_named(value):
-    with pytest.raises(LdmError, match=repr(value)) as refused:
+    with pytest.raises(LdmError, match=re.escape(repr(value))) as refused:
         label()([value])
     assert refused.value.exit_code == 2
+    with pytest.raises(LdmError, match=re.escape(repr(value))):
+        label().checks["shape"][0](value)
     if value == "sta":
         assert "star" in refused.value.next
 
@@ -111,10 +118,17 @@ def test_numbers_are_sinusoids_and_a_null_for_each():
     assert (conditioner.null.grad != 0).all()  # learned, and in the graph whatever was dropped
 
 
-@pytest.mark.parametrize("value", ["1", True, float("nan"), float("inf"), [1]])
+@pytest.mark.parametrize("value", ["1", True, float("nan"), -float("inf"), [1], 10**400, 1e300])
 def test_a_value_that_is_no_number_is_named(value):
     with pytest.raises(LdmError, match="finite number"):
         Numbers(["score"])([value])
+    with pytest.raises(LdmError, match="finite number"):
+        Numbers(["score"]).checks["score"][0](value)
+
+
+def test_large_numbers_stay_finite():
+    got = Numbers(["score"], scale=1e6)([10**30, -(10**30), 2**70, 0])
+    assert got.vector.isfinite().all()
 
 
 def test_size_is_six_times_its_sinusoids():
@@ -122,9 +136,11 @@ def test_size_is_six_times_its_sinusoids():
     assert torch.equal(got[1], torch.tensor([1.0, 1.0, 0.0, 0.0]).expand(6, 4))  # cosines and sines of 0
     expected = [math.cos(64), math.cos(0.64), math.sin(64), math.sin(0.64)]
     torch.testing.assert_close(got[0, 3], torch.tensor(expected), rtol=0, atol=1e-5)
-    for bad in ((1, 2, 3), "123456", 5, (1, 2, 3, 4, 5, None)):
+    for bad in ((1, 2, 3), "123456", 5, (1, 2, 3, 4, 5, None), (1, 2, 3, 4, 5, 10**400), [1, 2, 3, 4, 5, True]):
         with pytest.raises(LdmError):
             Size()([bad])
+        with pytest.raises(LdmError):
+            Size().checks["size"][0](bad)
 
 
 @pytest.mark.parametrize("make,column,values", [(text, "caption", ["a star"]), (label, "shape", ["star"])])
@@ -188,12 +204,63 @@ def test_tokens_join_along_their_length_and_vectors_side_by_side():
 
 def test_two_towers_join_token_by_token():
     """As in SDXL: the tokens of both towers side by side, the vector from one of them and the sizes."""
-    parts = {"a": text(), "b": text(), "size": Size(num_sinusoids=2)}
+    parts = {"a": text(trim=False), "b": text(trim=False), "size": Size(num_sinusoids=2)}
     whole = Compose(parts, tokens=["a", "b"], vector=["b", "size"], join="channels", drop_prob=0.5, keep=["size"])
-    assert (whole.width, whole.vector_size) == (32, 16 + 12)
+    assert (whole.width, whole.vector_size, whole.length) == (32, 16 + 12, 77)
     got = condition(whole, {"caption": ["a star"], "size": [(1, 2, 3, 4, 5, 6)]}, 1)
-    assert got.tokens.shape == (1, 8, 32) and got.mask.shape == (1, 8) and got.vector.shape == (1, 28)
+    assert got.tokens.shape == (1, 77, 32) and got.mask.shape == (1, 77) and got.vector.shape == (1, 28)
     assert torch.equal(got.tokens[..., 16:], parts["b"](["a star"]).tokens)
+
+
+@pytest.mark.parametrize(
+    "a,b,words",
+    [
+        (text(), text(), "a gives as many as its longest text needs .*trim=false.*, b gives as many"),
+        (text(trim=False), text(), "a gives 77, b gives as many"),
+        (text(trim=False), label(), "a gives 77, b gives 1$"),
+    ],
+)
+def test_tokens_that_may_differ_in_number_cannot_be_joined_token_by_token(a, b, words):
+    """Two trimmed texts differ as soon as one of them is dropped: in the middle of a training."""
+    with pytest.raises(ValueError, match=words):
+        Compose({"a": a, "b": b}, join="channels")
+    assert Compose({"a": a, "b": b}, tokens=["a"], vector=["b"], join="channels").length == a.length
+
+
+def test_a_column_of_two_readers_is_checked_by_both():
+    parts = {"few": ClassLabel("x", 2, width=16), "many": ClassLabel("x", 9, width=16), "n": Numbers(["x"], width=16)}
+    assert len(Compose(parts).checks["x"]) == 3
+
+
+COLUMNS = {"caption": ["a star", ""], "label": [2, None], "score": [0.5, None], "size": [(1, 2, 3, 4, 5, 6), None]}
+
+
+@pytest.mark.parametrize(
+    "make", [text, ClassLabel, lambda: Numbers(["score"]), Size, lambda: Compose({"t": text(), "n": Numbers(width=16)})]
+)
+def test_the_host_reads_nothing_back_from_the_device(make):
+    """A tensor on the meta device has no values: whatever reads one raises, as it would wait for a GPU."""
+    conditioner = make().to("meta")
+    elsewhere = Draws(run_key(0), torch.arange(2, device="meta"), host=torch.arange(2))
+    got = condition(conditioner, COLUMNS, 2, elsewhere)
+    fields = [getattr(got, name) for name in conditioner.provides]
+    assert all(field.device.type == "meta" and len(field) == 2 for field in fields)
+    if conditioner.drop_prob:
+        with pytest.raises(NotImplementedError):  # the guard sees a wait: here the index is on the device alone
+            condition(conditioner, COLUMNS, 2, Draws(run_key(0), elsewhere.index))
+
+
+def test_without_dropout_nothing_is_drawn():
+    condition(text(drop_prob=0.0), COLUMNS, 2, None)
+    nowhere = Draws(run_key(0), torch.arange(2, device="meta"))
+    assert condition(text(drop_prob=0.0), COLUMNS, 2, nowhere).tokens.shape == (2, 8, 16)
+
+
+def test_encoding_is_one_graph():
+    part = text()
+    ids, counts = torch.randint(0, 49408, (2, 16)), torch.tensor([3, 16])
+    whole = torch.compile(part.encode, fullgraph=True, backend="eager")(ids, counts)
+    torch.testing.assert_close(whole.tokens, part.encode(ids, counts).tokens)
 
 
 def test_nothing_composed_is_no_condition():

@@ -7,7 +7,6 @@ import hashlib
 import torch
 from torch import Tensor, nn
 
-from ldm.models.autoencoder.kl import LOGVAR_RANGE
 from ldm.models.autoencoder.statistics import LatentStatistics
 
 
@@ -23,23 +22,23 @@ class Identity(nn.Module):
         super().__init__()
         if not std > 0:
             raise ValueError(f"std must be above 0, not {std}")
-        self.in_channels = self.latent_channels = latent_channels
+        self.in_channels = self.latent_channels = self.moment_channels = latent_channels
         self.downsampling = 1
         self.statistics = LatentStatistics(latent_channels)
         self.statistics.mean.fill_(mean)
         self.statistics.std.fill_(std)
 
     def moments(self, images: Tensor) -> Tensor:
-        """The pixels, and the least log-variance: [B, 2C, H, W]."""
-        return torch.cat([images, torch.full_like(images, LOGVAR_RANGE[0])], dim=1)
+        """The pixels, [B, C, H, W]: they are known exactly, so there is no variance beside them."""
+        return images
 
     def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
         """Standardised pixels; there is no posterior to draw from."""
         return self.statistics.standardise(images)
 
     def latents(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Standardised pixels from stored moments [B, 2C, H, W]."""
-        return self.encode(moments.chunk(2, dim=1)[0])
+        """Standardised pixels from stored moments [B, C, H, W]."""
+        return self.encode(moments)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Pictures (not clamped)."""

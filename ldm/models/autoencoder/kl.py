@@ -44,6 +44,7 @@ class AutoencoderKL(nn.Module):
             if width % norm_groups:
                 raise ValueError(f"block_channels {width} is not divisible by norm_groups {norm_groups}")
         self.in_channels, self.latent_channels = in_channels, latent_channels
+        self.moment_channels = 2 * latent_channels
         self.downsampling = patch_size * 2 ** (len(block_channels) - 1)
         shape = (in_channels, latent_channels, block_channels, layers_per_block, patch_size, mid_attention, norm_groups)
         self.encoder = Encoder(*shape)

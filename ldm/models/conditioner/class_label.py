@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from ldm.errors import LdmError, nearest
-from ldm.types import Conditioning
+from ldm.models.conditioner.transfer import to_device
+from ldm.types import Check, Conditioning
 
 
 class ClassLabel(nn.Module):
@@ -26,28 +28,28 @@ class ClassLabel(nn.Module):
     ) -> None:
         super().__init__()
         labels: list[Any] = list(range(classes)) if isinstance(classes, int) else [str(name) for name in classes]
-        self.numbers: dict[str | int, int] = {label: i for i, label in enumerate(labels)}
-        if not self.numbers or len(self.numbers) < len(labels):
+        rows: dict[str | int, int] = {label: i for i, label in enumerate(labels)}
+        if not rows or len(rows) < len(labels):
             raise ValueError(f"classes must be different names, or a number of at least 1, not {classes!r}")
+        self.row = partial(class_row, column=column, rows=rows)
         self.reads = (column,)
+        self.checks: Mapping[str, Sequence[Check]] = {column: [self.row]}
         self.provides = frozenset(["tokens", "mask", "vector"])
-        self.width, self.vector_size, self.drop_prob = width, width, drop_prob
-        self.embedding = nn.Embedding(len(self.numbers) + 1, width)  # the last row is the null
+        self.width, self.vector_size, self.length, self.drop_prob = width, width, 1, drop_prob
+        self.embedding = nn.Embedding(len(rows) + 1, width)  # the last row is the null
 
     def forward(self, labels: Sequence[str | int | None]) -> Conditioning:
         """labels: B names or numbers; None = absent."""
-        rows = torch.tensor([self._row(label) for label in labels])
-        vector = self.embedding(rows.to(self.embedding.weight.device, non_blocking=True))
+        null = self.embedding.num_embeddings - 1
+        rows = torch.tensor([null if label is None else self.row(label) for label in labels])
+        vector = self.embedding(to_device(rows, self.embedding.weight.device))
         tokens = vector[:, None]
         return Conditioning(tokens=tokens, mask=torch.ones_like(tokens[..., 0], dtype=torch.bool), vector=vector)
 
-    def _row(self, label: str | int | None) -> int:
-        if label is None:
-            return len(self.numbers)
-        if isinstance(label, bool) or label not in self.numbers:
-            raise LdmError(
-                "CONDITION",
-                f"{label!r} is not a class of {self.reads[0]!r}",
-                next=nearest(str(label), map(str, self.numbers)),
-            )
-        return self.numbers[label]
+
+def class_row(label: object, column: str, rows: Mapping[str | int, int]) -> int:
+    """The row of a class. Raises LdmError for a label that is no class."""
+    if isinstance(label, bool) or not isinstance(label, str | int | float) or label not in rows:
+        hint = nearest(str(label), map(str, rows))
+        raise LdmError("CONDITION", f"{label!r} is not a class of {column!r}", next=hint)
+    return rows[label]  # type: ignore[index]  # 2.0 is class 2

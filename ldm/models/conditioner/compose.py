@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.random import Draws, Purpose
-from ldm.types import Conditioner, Conditioning
+from ldm.types import Check, Conditioner, Conditioning
 
 Columns = Mapping[str, Sequence[Any]]
 """Values of B samples by name; "caption" is the text. None, or a name that is missing, means absent."""
@@ -22,7 +22,7 @@ class Compose(nn.Module):
     tokens, vector: names of the parts whose tokens and whose vectors are used, in the order in which they are joined;
         None = all that provide them. Vectors are concatenated along their width.
     join: how tokens meet: "length" (one after the other, all of one width) or "channels" (token by token, all of one
-        length, as the two towers of SDXL that read the same text).
+        fixed length, as the two towers of SDXL that read the same text).
     width, vector_size: what the parts together must give, for networks to refer to; None = whatever they give.
     drop_prob: share of the samples that lose all parts at once, beside what each part drops by itself. Guidance
         compares with all of them absent, so where several parts drop, some samples must lose all.
@@ -55,16 +55,27 @@ class Compose(nn.Module):
         for name in self.keep:
             if name not in self.parts or self._part(name).drop_prob:
                 raise ValueError(f"keep names {name!r}, which is no part or has a drop_prob above 0 of its own")
+        lengths = [self._part(name).length for name in self.tokens]
+        if join == "channels" and len(lengths) > 1 and (None in lengths or len(set(lengths)) > 1):
+            words = ["as many as its longest text needs (set trim=false)" if n is None else str(n) for n in lengths]
+            listed = ", ".join(f"{name} gives {count}" for name, count in zip(self.tokens, words, strict=True))
+            raise ValueError(f"join=channels needs one fixed number of tokens from all parts, but {listed}")
         widths = [self._part(name).width or 0 for name in self.tokens]
         if join == "length" and len(set(widths)) > 1:
             listed = ", ".join(f"{name} {n}" for name, n in zip(self.tokens, widths, strict=True))
             raise ValueError(f"tokens of different widths cannot be joined along their length: {listed}")
+        known = [n for n in lengths if n is not None]
+        self.length = (sum(known) if join == "length" else known[0]) if known and known == lengths else None
         total = sum(widths) if join == "channels" else max(widths, default=0)
         self.width = _agreed("width", width, total)
         sizes = [self._part(name).vector_size or 0 for name in self.vector]
         self.vector_size = _agreed("vector_size", vector_size, sum(sizes))
         self.provides = frozenset(["tokens", "mask"] * bool(self.tokens) + ["vector"] * bool(self.vector))
         self.reads = tuple(name for part in parts_of(self) for name in part.reads)
+        self.checks: dict[str, list[Check]] = {}
+        for part in parts_of(self):
+            for name, checks in part.checks.items():
+                self.checks.setdefault(name, []).extend(checks)
 
     def _part(self, name: str) -> Conditioner:
         return cast(Conditioner, self.parts[name])
@@ -134,7 +145,9 @@ def condition(conditioner: Any, columns: Columns, num_samples: int, draws: Draws
     conditioner, draw i to the i-th part of a `Compose`: a further part changes nobody's draws.
     """
     parts, kept = parts_of(conditioner), _kept(conditioner)
-    u = None if draws is None else draws.uniform(Purpose.CONDITION_DROP, (1 + len(parts),)).cpu()
+    u = None
+    if draws is not None and any(part.drop_prob for part in (conditioner, *parts)):
+        u = draws.on_host().uniform(Purpose.CONDITION_DROP, (1 + len(parts),))  # texts and labels lie on the host
 
     def dropped(draw: int, prob: float) -> list[bool]:
         return [False] * num_samples if u is None or not prob else (u[:, draw] < prob).tolist()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from ldm.errors import LdmError
 from ldm.models.conditioner.tokenizer import VOCAB_SIZE, Tokenizer
-from ldm.types import Conditioning
+from ldm.models.conditioner.transfer import to_device
+from ldm.types import Check, Conditioning
 
 SD1 = {
     "hidden_size": 768,
@@ -71,6 +72,8 @@ class HFClipText(nn.Module):
         self.weights, self.sha256 = weights, sha256
         self.tokenizer = Tokenizer(self.config["max_position_embeddings"], pad_id)
         self.reads = ("caption",)
+        self.checks: Mapping[str, Sequence[Check]] = {}
+        self.length = self.tokenizer.length
         self.provides = frozenset(["tokens", "vector"] if pooled else ["tokens"])
         self.width, self.vector_size, self.drop_prob = width, width if pooled else None, drop_prob
         used = self.config["num_hidden_layers"] - (0 if pooled else clip_skip)
@@ -85,7 +88,7 @@ class HFClipText(nn.Module):
 
     def forward(self, captions: list[str]) -> Conditioning:
         ids = torch.tensor(self.tokenizer.padded(captions))
-        return self.encode(ids.to(self.tower.final_layer_norm.weight.device, non_blocking=True))
+        return self.encode(to_device(ids, self.tower.final_layer_norm.weight.device))
 
     def encode(self, ids: Tensor) -> Conditioning:
         """ids: [B, 77] token ids, padded."""

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from ldm.errors import LdmError
+from ldm.models.conditioner.transfer import to_device
 from ldm.models.layers.embeddings import TimestepEmbedding, sinusoidal_embedding
-from ldm.types import Conditioning
+from ldm.types import Check, Conditioning
+
+LARGEST = 1e30  # float32 ends at 3.4e38, and a scale may still multiply
 
 
 class Numbers(nn.Module):
@@ -35,8 +38,9 @@ class Numbers(nn.Module):
         if not columns or num_sinusoids < 2 or num_sinusoids % 2:
             raise ValueError(f"need columns and an even num_sinusoids, not {list(columns)} and {num_sinusoids}")
         self.reads = tuple(columns)
+        self.checks: Mapping[str, Sequence[Check]] = {name: [partial(check_number, column=name)] for name in columns}
         self.provides = frozenset(["tokens", "mask", "vector"])
-        self.width, self.vector_size, self.drop_prob = width, width, drop_prob
+        self.width, self.vector_size, self.length, self.drop_prob = width, width, 1, drop_prob
         self.num_sinusoids, self.scale = num_sinusoids, scale
         self.null = nn.Parameter(torch.zeros(len(self.reads), num_sinusoids))
         self.embedding = TimestepEmbedding(len(self.reads) * num_sinusoids, width)
@@ -44,11 +48,13 @@ class Numbers(nn.Module):
     def forward(self, *values: Sequence[float | None]) -> Conditioning:
         """values: B for each column; None = absent."""
         for name, column in zip(self.reads, values, strict=True):
-            check_numbers(name, column)
-        given = torch.tensor([[v is not None for v in column] for column in values]).T.to(self.null.device)
-        numbers = torch.tensor([[v or 0.0 for v in column] for column in values]).T.to(self.null.device)
-        sinusoids = each_sinusoidal(numbers * self.scale, self.num_sinusoids)  # [B, n, size]
-        # both sides in the graph: a parameter must have a gradient whatever was dropped
+            for value in column:
+                if value is not None:
+                    check_number(value, name)
+        given = to_device(torch.tensor([[v is not None for v in column] for column in values]), self.null.device).T
+        numbers = torch.tensor([[float(v or 0) for v in column] for column in values])
+        sinusoids = each_sinusoidal(to_device(numbers, self.null.device).T * self.scale, self.num_sinusoids)
+        # [B, n, size]; both sides in the graph: a parameter must have a gradient whatever was dropped
         chosen = torch.where(given[..., None], sinusoids.to(self.null.dtype), self.null)
         vector = self.embedding(chosen.flatten(1))
         tokens = vector[:, None]
@@ -60,9 +66,8 @@ def each_sinusoidal(numbers: Tensor, size: int) -> Tensor:
     return sinusoidal_embedding(numbers.flatten(), size).unflatten(0, numbers.shape)
 
 
-def check_numbers(name: str, values: Sequence[object]) -> None:
-    """Raise LdmError unless every value is a finite number or None."""
-    for value in values:
-        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        if value is not None and not number:
-            raise LdmError("CONDITION", f"{value!r} is not a finite number", where=name)
+def check_number(value: object, column: str) -> None:
+    """Raise LdmError unless the value is a finite number; a truth value is none."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not -LARGEST <= value <= LARGEST:  # type: ignore[operator]
+        raise LdmError("CONDITION", f"{value!r} is not a finite number up to {LARGEST:g}", where=column)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ldm.models.conditioner.tokenizer import VOCAB_SIZE, Tokenizer
-from ldm.types import Conditioning
+from ldm.models.conditioner.transfer import to_device
+from ldm.types import Check, Conditioning
 
 
 class OpenClipText(nn.Module):
@@ -59,6 +60,8 @@ class OpenClipText(nn.Module):
         self.weights, self.sha256 = weights, sha256
         self.tokenizer = Tokenizer(self.tower.context_length, pad_id)
         self.reads = ("caption",)
+        self.checks: Mapping[str, Sequence[Check]] = {}
+        self.length = self.tokenizer.length
         self.provides = frozenset(["tokens", "vector"] if pooled else ["tokens"])
         projected = self.tower.text_projection is not None
         self.width, self.drop_prob = width, drop_prob
@@ -83,7 +86,7 @@ class OpenClipText(nn.Module):
 
     def forward(self, captions: list[str]) -> Conditioning:
         ids = torch.tensor(self.tokenizer.padded(captions))
-        return self.encode(ids.to(self.tower.positional_embedding.device, non_blocking=True))
+        return self.encode(to_device(ids, self.tower.positional_embedding.device))
 
     def encode(self, ids: Tensor) -> Conditioning:
         """ids: [B, L] token ids, padded."""

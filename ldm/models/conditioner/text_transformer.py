@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import torch
 from torch import Tensor, nn
 
 from ldm.models.conditioner.tokenizer import VOCAB_SIZE, Tokenizer
+from ldm.models.conditioner.transfer import to_device
 from ldm.models.layers.attention import Attention
-from ldm.types import Conditioning
+from ldm.types import Check, Conditioning
 
 
 class TextTransformer(nn.Module):
@@ -40,7 +43,9 @@ class TextTransformer(nn.Module):
         self.tokenizer = Tokenizer(length, pad_id)
         self.trim = trim
         self.reads = ("caption",)
+        self.checks: Mapping[str, Sequence[Check]] = {}
         self.width, self.vector_size, self.drop_prob = width, width, drop_prob
+        self.length = None if trim else length
         self.provides = frozenset(["tokens", "mask", "vector"])
         self.token_embedding = nn.Embedding(VOCAB_SIZE, embedding_size)
         factorised = embedding_size != width
@@ -63,7 +68,7 @@ class TextTransformer(nn.Module):
         ids = torch.tensor([row + [self.tokenizer.pad_id] * (length - len(row)) for row in rows])
         counts = torch.tensor([len(row) for row in rows])
         device = self.position_embedding.device
-        return self.encode(ids.to(device, non_blocking=True), counts.to(device, non_blocking=True))
+        return self.encode(to_device(ids, device), to_device(counts, device))
 
     def encode(self, ids: Tensor, counts: Tensor) -> Conditioning:
         """ids: [B, L] token ids; counts: [B] ids that matter, end token included."""
