@@ -7,7 +7,10 @@ from ldm.cli import run
 
 def main(cfg: dict[str, Any], trusted: tuple[str, ...]) -> int | None:
     """Makes pictures with a trained model; run=PATH chooses it, by default the run that was trained last."""
-    from ldm.sampling.main import sample  # here: help and configuration errors do not wait for torch
+    from ldm.checkpoints.run import find_run
+
+    find_run(cfg["run"])
+    from ldm.sampling.main import sample  # here: help, and errors of configuration and run, do not wait for torch
 
     return sample(cfg, trusted)
 

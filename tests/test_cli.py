@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -428,15 +427,21 @@ exec(compile(open("train.py").read(), "train.py", "exec"), {"__name__": "__main_
 
 
 @pytest.mark.parametrize(
-    "words, code",
-    [(["--help"], 0), (["stage.difusion.max_steps=3", "nope=1"], 2), (["a=["], 2), (["data.path=/no/such"], 2)],
+    "words, code, heavy",
+    [
+        (["--help"], 0, []),
+        (["stage.difusion.max_steps=3", "nope=1"], 2, []),
+        (["a=["], 2, []),
+        (["data.path=/no/such"], 2, ["numpy"]),
+    ],
 )
-def test_help_and_the_errors_of_configuration_and_data_are_quick_and_without_torch(words, code):
-    started = time.monotonic()
+def test_help_and_the_errors_of_configuration_and_data_are_quick_and_without_torch(words, code, heavy):
+    before = os.times()
     done = subprocess.run([sys.executable, "-c", WATCH, *words], cwd=ROOT, capture_output=True, text=True)
-    assert time.monotonic() - started < 4  # 2 s are promised; the machine of the tests may be busy
+    after = os.times()  # processor time: the machine of the tests may be busy
+    assert after.children_user + after.children_system - before.children_user - before.children_system < 2
     assert done.returncode == code, done.stderr
-    assert "HEAVY []" in done.stdout
+    assert f"HEAVY {heavy}" in done.stdout
     assert all(line.startswith(("error[CONFIG]: ", "error[DATA]: ")) for line in done.stderr.splitlines())
 
 
