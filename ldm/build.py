@@ -31,7 +31,6 @@ _LISTED = frozenset(
 )
 # Rooms and files whose classes and functions a config may name; entry points, importers and this file are not there.
 _ROOMS = (
-    "ldm.adapters.",
     "ldm.data.",
     "ldm.diffusion.",
     "ldm.models.",

@@ -10,12 +10,11 @@ ROOT = Path(__file__).parents[1]
 LEVELS = (
     ("types", "random", "errors", "build", "config", "validate"),
     ("diffusion", "data", "models", "reconstruction"),
-    ("checkpoints", "adapters"),
+    ("checkpoints",),
     ("model",),
     ("sampling", "precompute"),
-    ("evaluation",),
     ("training",),
-    ("tools", "app", "cli", "__main__", "train", "sample"),
+    ("tools", "cli", "__main__", "train", "sample"),
 )
 LEVEL = {room: number for number, rooms in enumerate(LEVELS) for room in rooms}
 GROUND, TOP = 0, len(LEVELS) - 1  # within these two, rooms may use each other
