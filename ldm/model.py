@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ldm import build
 from ldm.checkpoints.files import sha256_of
-from ldm.checkpoints.formats.keymap import check_fit as check_shapes
+from ldm.checkpoints.formats.keymap import check_shapes
 from ldm.checkpoints.formats.reading import read_file, read_json, read_part
 from ldm.checkpoints.run import find_run
 from ldm.checkpoints.store import Checkpoint, Store
@@ -118,6 +118,11 @@ class LatentDiffusion(nn.Module):
         else:
             autoencoder = load_autoencoder(open_stage(run, "autoencoder"))
         check_latent_id(autoencoder, state.get("latent_id"), checkpoint.path)
+        weights_read = read_weights(checkpoint, weights)
+        with torch.device("meta"):
+            towers = absent_towers(build.build_saved(config["conditioner"], where="conditioner"), weights_read)
+        if towers:  # said before anything large is built
+            raise no_tower_weights(list(towers), checkpoint.path)
         model = cls(
             autoencoder,
             build.build_saved(config["conditioner"], where="config.json: conditioner"),
@@ -125,7 +130,7 @@ class LatentDiffusion(nn.Module):
             image_size=config["image_size"],
             sampler=config.get("sampler"),
         )
-        load_weights(model, read_weights(checkpoint, weights), checkpoint.path, ignore="autoencoder.")
+        load_weights(model, weights_read, checkpoint.path, ignore="autoencoder.")
         model.source = {"run": run.name, "step": checkpoint.step, "weights": weights}
         return model.eval().requires_grad_(False).to(device)
 
@@ -206,9 +211,11 @@ def read_weights(checkpoint: Checkpoint, weights: str) -> dict[str, Tensor]:
     return {**tensors, **checkpoint.tensors("ema")} if averaged else tensors
 
 
-def load_weights(module: nn.Module, tensors: Mapping[str, Tensor], where: Path, *, ignore: str | None = None) -> None:
+def load_weights(
+    module: nn.Module, tensors: Mapping[str, Tensor], where: Path, *, ignore: str | tuple[str, ...] = ()
+) -> None:
     """Strict loading with a sentence: every name and shape must fit, but for names that start with `ignore`."""
-    expected = {k: tuple(v.shape) for k, v in module.state_dict().items() if ignore is None or not k.startswith(ignore)}
+    expected = {k: tuple(v.shape) for k, v in module.state_dict().items() if not k.startswith(ignore)}
     check_shapes(
         expected,
         {name: tuple(tensor.shape) for name, tensor in tensors.items()},
@@ -216,6 +223,42 @@ def load_weights(module: nn.Module, tensors: Mapping[str, Tensor], where: Path, 
         next="use the model configuration that they were trained with, or begin a new run with init_from=",
     )
     module.load_state_dict({**module.state_dict(), **tensors})
+
+
+def absent_towers(conditioner: nn.Module, tensors: Iterable[str]) -> dict[str, nn.Module]:
+    """The text towers of which these weights of a model hold nothing, by their name in the model: a file of Stable
+    Diffusion XL may have come without its text encoders.
+    """
+    names = tuple(tensors)
+    towers = {
+        f"conditioner.{name}".rstrip("."): part
+        for name, part in conditioner.named_modules()
+        if hasattr(part, "own_names")
+    }
+    return {name: part for name, part in towers.items() if not any(other.startswith(f"{name}.") for other in names)}
+
+
+def no_tower_weights(names: Sequence[str], where: Path) -> LdmError:
+    keys = " ".join(f"model.{name}.weights=FILE" for name in names)
+    return LdmError(
+        "WEIGHTS",
+        f"the run holds no weights of its text towers: {', '.join(names)}",
+        where=str(where),
+        next=f"import a file or folder that holds them, or fine-tune it with open_clip's own: init_from=RUN {keys}",
+    )
+
+
+def load_source(model: LatentDiffusion, checkpoint: Checkpoint) -> None:
+    """The weights that a new training begins from (`init_from`): the averaged ones of another run's diffusion stage,
+    and for a text tower that it does not hold, the file that the tower names itself.
+    """
+    tensors = read_weights(checkpoint, "ema")
+    towers = absent_towers(model.conditioner, tensors)
+    if lost := [name for name, part in towers.items() if part.weights is None]:
+        raise no_tower_weights(lost, checkpoint.path)
+    for tower in towers.values():
+        load_pretrained(tower)
+    load_weights(model, tensors, checkpoint.path, ignore=("autoencoder.", *(f"{name}." for name in towers)))
 
 
 def load_pretrained(conditioner: nn.Module) -> None:

@@ -20,17 +20,28 @@ from torch import Tensor
 
 from ldm.checkpoints import files, manifest
 from ldm.checkpoints.formats import clip, compvis, diffusers, keymap
-from ldm.checkpoints.formats.description import kind_of, read_prediction_node, read_schedule_node, scaling_factor
+from ldm.checkpoints.formats.compvis import SCALES, SD_SCALE
+from ldm.checkpoints.formats.description import kind_of
 from ldm.checkpoints.formats.keymap import KeyMap
 from ldm.checkpoints.formats.reading import read_file
+from ldm.checkpoints.formats.schedules import (
+    call_of,
+    read_prediction_node,
+    read_schedule_node,
+    scheduler_config,
+    what_differs,
+)
+from ldm.checkpoints.formats.settings import unet_config, vae_config
+from ldm.checkpoints.formats.statistics import fold_statistics, scaling_factor
 from ldm.checkpoints.run import find_run
 from ldm.checkpoints.store import Checkpoint
 from ldm.checkpoints.tensorfile import write_tensors
 from ldm.errors import LdmError
 from ldm.model import open_stage
-from ldm.tools.import_model import (
+from ldm.tools.interchange import (
     AUTOENCODER,
     CONDITIONER,
+    HF_TEXT,
     NETWORK,
     TEXT,
     UNET,
@@ -40,11 +51,8 @@ from ldm.tools.import_model import (
     with_defaults,
 )
 
-HF_TEXT = "ldm.models.conditioner.hf_clip.HFClipText"
 PARTS = ("unet", "vae", "text")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-_SCALES = {"Stable Diffusion XL": 0.13025}
-_SD_SCALE = 0.18215
 
 Tensors = dict[str, Tensor]
 
@@ -67,6 +75,10 @@ def main(argv: Sequence[str]) -> int:
         model = model.cast(DTYPES[options.dtype])
     written = {"diffusers": write_diffusers, "compvis": write_compvis}[options.format](model, options.out)
     print(f"{', '.join(map(str, written))} in {time.monotonic() - began:.1f} s")
+    if model.text is not None:
+        print(f"to draw with a pipeline as with sample.py: pipe(prompt, {call_of(model.sampler)})")
+        if other := what_differs(model.sampler, model.schedule["num_timesteps"]):
+            print(f"it will be another picture than sample.py's: {'; '.join(other)}")
     return 0
 
 
@@ -115,8 +127,8 @@ class Exported:
         found = scaling_factor(self.mean, self.std)
         if found is not None and wanted in (None, found):
             return self.vae, self.autoencoder, found
-        scale = wanted or _SCALES.get(self.kind, _SD_SCALE)
-        folded = diffusers.fold_statistics(self.vae, self.mean, self.std, scale)
+        scale = wanted or SCALES.get(self.kind, SD_SCALE)
+        folded = fold_statistics(self.vae, self.mean, self.std, scale)
         return folded, {**self.autoencoder, "quant_conv": True}, scale
 
 
@@ -175,7 +187,7 @@ def read_run(path: Path, weights: str = "ema", parts: Sequence[str] = PARTS) -> 
         schedule=schedule,
         zero_snr=zero_snr,
         prediction=prediction,
-        sampler=dict(config.get("sampler") or {}),
+        sampler=sampling_of(config.get("sampler")),
         image_size=config["image_size"],
         unet=_below(tensors, NETWORK),
         vae={name: value for name, value in vae.items() if not name.startswith("statistics.")},
@@ -183,6 +195,13 @@ def read_run(path: Path, weights: str = "ema", parts: Sequence[str] = PARTS) -> 
         std=vae["statistics.std"],
         parts=tuple(parts),
     )
+
+
+def sampling_of(node: Mapping[str, Any] | None) -> dict[str, Any]:
+    """All arguments of `Sampling`; a run without a sampler of its own takes DDIM."""
+    args = {key: value for key, value in (node or {}).items() if key != "_target_"}
+    args.setdefault("function", {"_target_": "ldm.diffusion.samplers.ddim.sample_ddim"})
+    return with_defaults({"class": "ldm.sampling.tasks.Sampling", "args": args})["args"]
 
 
 def mapped(checkpoint: Checkpoint, weights: str) -> Tensors:
@@ -281,16 +300,16 @@ def settings_files(model: Exported, scale: float | None = None) -> dict[str, Any
     """Everything of the folder but the weights."""
     contents: dict[str, Any] = {}
     if "unet" in model.parts:
-        contents["unet/config.json"] = diffusers.unet_config(model.network, model.sample_size)
+        contents["unet/config.json"] = unet_config(model.network, model.sample_size)
     if "vae" in model.parts:
         _, autoencoder, factor = model.scaled(scale)
-        contents["vae/config.json"] = diffusers.vae_config(autoencoder, factor, model.image_size)
+        contents["vae/config.json"] = vae_config(autoencoder, factor, model.image_size)
     if model.text is not None:
         contents["text_encoder/config.json"] = model.text.config
         length = model.text.config["max_position_embeddings"]
         for name, value in clip.tokenizer_files(model.text.pad_id, length).items():
             contents[f"tokenizer/{name}"] = value
-        contents["scheduler/scheduler_config.json"] = diffusers.scheduler_config(
+        contents["scheduler/scheduler_config.json"] = scheduler_config(
             model.schedule, model.zero_snr, model.prediction, model.sampler
         )
         contents["model_index.json"] = diffusers.pipeline_index()
@@ -308,7 +327,7 @@ def write_compvis(model: Exported, out: Path) -> list[Path]:
     refuse_existing(out)
     if model.text is not None:
         refuse_existing(settings)
-    scale = _SCALES.get(model.kind, _SD_SCALE)
+    scale = SCALES.get(model.kind, SD_SCALE)
     tensors = compvis_tensors(model, scale)
     metadata = {"format": "pt"}
     contents = settings_files(model, scale)
@@ -343,7 +362,7 @@ def compvis_tensors(model: Exported, scale: float) -> Tensors:
                 "EXPORT", f"the single file cannot say {key}={args[key]}: its readers take {value}",
                 where=f"{where}.{key}", next="--format diffusers",
             )  # fmt: skip
-    diffusers.unet_config(network, model.sample_size)  # the same limits hold
+    unet_config(network, model.sample_size)  # the same limits hold
     tensors: Tensors = {}
     if "unet" in model.parts:
         tensors |= _renamed(model.unet, compvis.map_unet)

@@ -7,12 +7,9 @@ and shapes are compared before anything is written, and a folder appears whole o
 from __future__ import annotations
 
 import argparse
-import inspect
-import json
 import os
-import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +20,27 @@ from torch import Tensor, nn
 from ldm import __version__, build
 from ldm.checkpoints import files
 from ldm.checkpoints.formats import compvis, diffusers, keymap
-from ldm.checkpoints.formats.description import PREDICTIONS, Foreign, Node, Part, schedule_node
+from ldm.checkpoints.formats.description import XL, Foreign, Node, Part
+from ldm.checkpoints.formats.schedules import PREDICTIONS, schedule_node
 from ldm.checkpoints.run import open_run
 from ldm.checkpoints.store import Store
+from ldm.diffusion.denoiser import check_pair
 from ldm.errors import LdmError, nearest, raise_all
+from ldm.model import check_fit
+from ldm.tools.interchange import (
+    AUTOENCODER,
+    CONDITIONER,
+    NETWORK,
+    TEXT,
+    UNET,
+    parse,
+    refuse_existing,
+    whole,
+    with_defaults,
+)
 
-UNET = "ldm.models.unet.unet.UNet"
-AUTOENCODER = "ldm.models.autoencoder.kl.AutoencoderKL"
-TEXT = "ldm.models.conditioner.open_clip.OpenClipText"
-NO_TEXT: Node = {"class": "ldm.models.conditioner.compose.Compose", "args": {"parts": {}}}
-NETWORK, CONDITIONER = "denoiser.network.", "conditioner."
+COMPOSE = "ldm.models.conditioner.compose.Compose"
+SIZE = "ldm.models.conditioner.size.Size"
 
 
 def main(argv: Sequence[str]) -> int:
@@ -45,16 +53,6 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
-    """The options, with a wrong one refused in our words and the usage behind it."""
-
-    def refuse(message: str) -> None:
-        raise LdmError("CONFIG", message, next=" ".join(parser.format_usage().split()))
-
-    parser.error = refuse  # type: ignore[method-assign,assignment]
-    return parser.parse_args(argv)
-
-
 def import_model(path: Path, out: Path, prediction: str | None = None) -> None:
     """Read, compare, write. Raises LdmError, and then nothing was written."""
     began = time.monotonic()
@@ -63,9 +61,10 @@ def import_model(path: Path, out: Path, prediction: str | None = None) -> None:
         raise LdmError("FORMAT", "there is no such file or folder", where=str(path), next=near)
     refuse_existing(out)
     found = diffusers.read(path, prediction) if path.is_dir() else compvis.read(path, prediction)
-    config, autoencoder_node = nodes(found)
-    modules = build_on_meta(config, autoencoder_node)
+    config, autoencoder_node = nodes(found, path)
+    modules = build_on_meta(config, autoencoder_node, found)
     check(found, modules, path)
+    check_together(config, modules, path)
     dtypes = sorted(
         {str(t.dtype).removeprefix("torch.") for part in found.parts.values() for t in part.tensors.values()}
     )
@@ -81,61 +80,113 @@ def import_model(path: Path, out: Path, prediction: str | None = None) -> None:
         print(f"  {note}")
     write(found, config, autoencoder_node, modules, out, {"file": path.name, "kind": found.kind})
     print(f"{out} in {time.monotonic() - began:.1f} s")
-    if found.text is not None:
+    absent = without_weights(found)
+    if absent:
+        print(f"it held no weights of the text towers {', '.join(absent)}: sample.py cannot draw with this run.")
+        print("import a file or folder that holds them, or give open_clip's own files when you fine-tune:")
+    else:
         print(f'try: python sample.py run={out} prompt="..."')
-        print(f"to fine-tune: cp {out}/experiment.yaml configs/experiment/{out.name}.yaml")
-        print(f"              python train.py experiment={out.name} data.path=...")
+    print(f"to fine-tune: cp {out}/experiment.yaml configs/experiment/{out.name}.yaml")
+    files_of = "".join(f" model.conditioner.{_below(found, name)}weights=FILE" for name in absent)
+    print(f"              python train.py experiment={out.name} data.path=...{files_of}")
 
 
-def refuse_existing(out: Path) -> None:
-    if os.path.lexists(out):
-        raise LdmError("EXISTS", "there is something at this place already", where=str(out), next="choose another name")
+def without_weights(found: Foreign) -> list[str]:
+    """The text towers that the file or folder did not hold."""
+    return [name for name in found.text if name not in found.parts]
 
 
 # ---- from the description to our models
 
 
-def nodes(found: Foreign) -> tuple[dict[str, Any], Node]:
+def nodes(found: Foreign, path: Path) -> tuple[dict[str, Any], Node]:
     """config.json of the diffusion stage, and the autoencoder's node."""
     sampler = {
         "_target_": "ldm.sampling.tasks.Sampling",
         "function": {"_target_": "ldm.diffusion.samplers.ddim.sample_ddim", "_partial_": True, "eta": 0.0},
-        "steps": 50,
-        "guidance_scale": 7.5,
+        "steps": min(50, found.schedule["num_timesteps"]),
+        "guidance_scale": 5.0 if _is_xl(found) else 7.5,  # the pipelines' own
         **found.sampler,
     }
-    text: Node = NO_TEXT if found.text is None else {"class": TEXT, "args": found.text}
     config = {
-        "conditioner": with_defaults(text),
-        "denoiser": {
-            "class": "ldm.diffusion.denoiser.Denoiser",
-            "args": {
-                "network": with_defaults({"class": UNET, "args": found.network}),
-                "schedule": schedule_node(found.schedule, found.zero_snr),
-                "prediction": {"class": PREDICTIONS[str(found.prediction)], "args": {}},
-            },
-        },
+        "conditioner": with_defaults(_conditioner(found, path)),
+        "denoiser": with_defaults(
+            {
+                "class": "ldm.diffusion.denoiser.Denoiser",
+                "args": {
+                    "network": {"class": UNET, "args": found.network},
+                    "schedule": schedule_node(found.schedule, found.zero_snr),
+                    "prediction": {"class": PREDICTIONS[found.prediction], "args": {}},
+                },
+            }
+        ),
         "image_size": found.image_size,
         "sampler": sampler,
     }
     return config, with_defaults({"class": AUTOENCODER, "args": found.autoencoder})
 
 
-def with_defaults(node: Mapping[str, Any]) -> Node:
-    """A node of a checkpoint with every argument of its constructor."""
-    parameters = inspect.signature(build.resolve(node["class"])).parameters.values()
-    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
-    return {"class": node["class"], "args": json.loads(json.dumps({**defaults, **node["args"]}))}
+def _is_xl(found: Foreign) -> bool:
+    return "text" not in found.text
 
 
-def build_on_meta(config: Mapping[str, Any], autoencoder: Node) -> dict[str, nn.Module]:
-    """The models without memory: their names and shapes."""
+def _below(found: Foreign, tower: str) -> str:
+    """Where the conditioner keeps a text tower."""
+    return f"parts.{tower}." if _is_xl(found) else ""
+
+
+def _conditioner(found: Foreign, path: Path) -> Node:
+    """The text tower; of XL both, token by token, with the sizes (configs/model/conditioner/sdxl.yaml)."""
+    towers: dict[str, Node] = {name: {"class": TEXT, "args": args} for name, args in found.text.items()}
+    if not _is_xl(found):
+        return towers["text"]
+    context, vector = found.network["context_size"], found.network["vector_size"]
+    width, pooled = sum(args["width"] for args in found.text.values()), found.text["open_clip"]["config"]["embed_dim"]
+    sinusoids, rest = divmod(vector - pooled, 6)
+    if context != width or rest or sinusoids < 2 or sinusoids % 2:
+        raise LdmError(
+            "FORMAT", f"its UNet takes tokens of width {context} and a vector of {vector}, which is not {XL}'s way",
+            where=str(path), limit=f"its text towers give tokens of width {width}, and {pooled} and six sizes",
+        )  # fmt: skip
+    return {
+        "class": COMPOSE,
+        "args": {
+            "parts": {**towers, "size": {"class": SIZE, "args": {"num_sinusoids": sinusoids}}},
+            "tokens": list(towers),
+            "vector": ["open_clip", "size"],
+            "join": "channels",
+            "width": width,
+            "vector_size": vector,
+            "drop_prob": 0.1,
+            "keep": ["size"],
+        },
+    }
+
+
+def build_on_meta(config: Mapping[str, Any], autoencoder: Node, found: Foreign) -> dict[str, nn.Module]:
+    """The models without memory, for their names and shapes: every part, and the whole conditioner."""
     with torch.device("meta"):
+        conditioner = build.build_saved(config["conditioner"], where="conditioner")
+        towers = {name: conditioner.get_submodule(_below(found, name).rstrip(".")) for name in found.text}
         return {
             "unet": build.build_saved(config["denoiser"]["args"]["network"], where="network"),
             "vae": build.build_saved(autoencoder, where="autoencoder"),
-            "text": build.build_saved(config["conditioner"], where="conditioner"),
+            **towers,
+            "conditioner": conditioner,
         }
+
+
+def check_together(config: Mapping[str, Any], modules: Mapping[str, nn.Module], path: Path) -> None:
+    """Refuse what would be refused when the run is used: parts that cannot work together, whatever their shapes."""
+    denoiser = config["denoiser"]["args"]
+    schedule = build.build_saved(denoiser["schedule"], where="schedule")
+    try:
+        check_pair(schedule, build.build_saved(denoiser["prediction"], where="prediction"))
+    except ValueError as error:
+        raise LdmError("FORMAT", "schedule and prediction contradict each other", where=str(path), limit=str(error),
+                       next="correct the scheduler's settings, or say --prediction v") from error  # fmt: skip
+    check_fit(modules["vae"], modules["conditioner"], modules["unet"])  # type: ignore[arg-type]
+    build.build(config["sampler"], where="sampler").check(schedule)
 
 
 def shapes_of(module: nn.Module) -> dict[str, keymap.Shape]:
@@ -150,7 +201,7 @@ def check(found: Foreign, modules: Mapping[str, nn.Module], path: Path) -> None:
         ours = shapes_of(modules[name])
         expected = keymap.their_shapes(part.key_map(ours), ours)
         try:
-            keymap.check_fit(expected, {k: tuple(v.shape) for k, v in part.tensors.items()}, f"{name} of {path}")
+            keymap.check_shapes(expected, {k: tuple(v.shape) for k, v in part.tensors.items()}, f"{name} of {path}")
         except LdmError as error:
             problems.append(error)
     raise_all(problems)
@@ -178,8 +229,9 @@ def write(
     latent_id = modules["vae"].latent_id()  # type: ignore[operator]
     mean, std = vae["statistics.mean"].tolist(), vae["statistics.std"].tolist()
     weights = {"model": ours("unet", found.parts["unet"], NETWORK)}
-    if found.text is not None:
-        weights["model"] |= ours("text", found.parts["text"], CONDITIONER)
+    for name in found.text:
+        if name in found.parts:
+            weights["model"] |= ours(name, found.parts[name], CONDITIONER + _below(found, name))
     if found.averaged is not None:
         weights["ema"] = ours("unet", found.averaged, NETWORK)
 
@@ -194,29 +246,13 @@ def write(
                 documents = {"state": {**kept, **state}, "config": document}
                 store.save(0, tensors=tensors, trees={}, documents=documents)
                 run.update_stage(stage)
-            recipe = experiment(config, autoencoder, out)
+            recipe = experiment(found, config, autoencoder, out)
             run.write_config(yaml.safe_dump(recipe, sort_keys=False))
-            if found.text is not None:
-                text = f"# @package _global_\n# Fine-tunes {found.kind}, imported.\n" + _headlines(out)
-                files.replace_file(
-                    run.folder / "experiment.yaml", (text + yaml.safe_dump(recipe, sort_keys=False)).encode()
-                )
+            text = f"# @package _global_\n# Fine-tunes {found.kind}, imported.\n" + _headlines(out)
+            text += yaml.safe_dump(recipe, sort_keys=False)
+            files.replace_file(run.folder / "experiment.yaml", text.encode())
 
     whole(out, fill)
-
-
-def whole(out: Path, fill: Callable[[Path], None]) -> None:
-    """`fill(folder)` makes `folder / out.name`, which then moves to `out` at once; on failure nothing is left."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = files.temporary(out)
-    temporary.mkdir()
-    try:
-        fill(temporary)
-        refuse_existing(out)
-        os.rename(temporary / out.name, out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    files.sync_folder(out.parent)
 
 
 def statistics(found: Foreign) -> dict[str, Tensor]:
@@ -233,24 +269,23 @@ def statistics(found: Foreign) -> dict[str, Tensor]:
     }
 
 
-def experiment(config: Mapping[str, Any], autoencoder: Node, out: Path) -> dict[str, Any]:
+def experiment(found: Foreign, config: Mapping[str, Any], autoencoder: Node, out: Path) -> dict[str, Any]:
     """A configuration that trains the denoiser further: everything that must agree with the imported weights."""
-    denoiser = config["denoiser"]["args"]
-    velocity = denoiser["prediction"]["class"] == PREDICTIONS["v"]
-    zero_snr = "schedule" in denoiser["schedule"]["args"]
+    denoiser, xl = config["denoiser"]["args"], _is_xl(found)
+    scheduler = "sd_zero_snr" if found.zero_snr else "sd_velocity" if found.prediction == "v" else "sd"
     return {
         "defaults": [
             {"override /model/autoencoder": "kl_sd"},
-            {"override /model/network": "unet_sd"},
-            {"override /model/conditioner": "open_clip"},
-            {"override /scheduler": "sd_zero_snr" if zero_snr else "sd_velocity" if velocity else "sd"},
+            {"override /model/network": "unet_sdxl" if xl else "unet_sd"},
+            {"override /model/conditioner": "sdxl" if xl else "open_clip"},
+            {"override /scheduler": scheduler},
             {"override /sampler": "ddim"},
             {"override /data": "shards"},
         ],
         "name": f"{out.name}-tuned",
         "stages": ["diffusion"],
         "init_from": str(out),
-        "data": {"image_size": config["image_size"]},
+        "data": {"image_size": config["image_size"], **({"columns": {"size": "@size"}} if xl else {})},
         "model": {
             "autoencoder": _target(autoencoder),
             "network": _target(denoiser["network"]),

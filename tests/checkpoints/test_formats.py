@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pickle
+import shutil
 import zipfile
 from contextlib import suppress
 from pathlib import Path
@@ -13,19 +14,29 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ldm.build import build, build_saved
-from ldm.checkpoints.formats import clip, compvis, diffusers, keymap
-from ldm.checkpoints.formats.description import betas_of, recognise_betas, scaling_factor
+from ldm.build import build, build_saved, to_saved
+from ldm.checkpoints.formats import clip, compvis, diffusers, keymap, settings
 from ldm.checkpoints.formats.reading import read_file, read_json, read_part
+from ldm.checkpoints.formats.schedules import (
+    SD_SCHEDULE,
+    betas_of,
+    read_scheduler_config,
+    recognise_betas,
+    what_differs,
+)
+from ldm.checkpoints.formats.statistics import scaling_factor
 from ldm.checkpoints.store import Store
+from ldm.cli import compose
+from ldm.diffusion.schedule import DiscreteVP, ZeroTerminalSNR
 from ldm.errors import LdmError
-from ldm.model import LatentDiffusion
+from ldm.model import LatentDiffusion, load_source
 from ldm.models.autoencoder.kl import AutoencoderKL
 from ldm.models.conditioner.open_clip import OpenClipText
 from ldm.models.unet.unet import UNet
 from ldm.tools import export_model
 from ldm.tools.export_model import read_run
 from ldm.tools.import_model import import_model, shapes_of
+from tests.conftest import CONFIGS
 from tests.interop import making
 
 FAMILIES = ("sd1", "sd2", "sdxl")
@@ -119,12 +130,12 @@ def test_what_does_not_fit_is_listed_ten_at_most_of_each():
     expected = {f"gone.{i:02}": (1,) for i in range(12)} | {f"same.{i:02}": (2,) for i in range(11)} | {"ok": (1,)}
     found = {f"new.{i:02}": (1,) for i in range(15)} | {f"same.{i:02}": (3,) for i in range(11)} | {"ok": (1,)}
     with pytest.raises(LdmError) as caught:
-        keymap.check_fit(expected, found, "file")
+        keymap.check_shapes(expected, found, "file")
     words = caught.value.line()
     assert "12 missing" in words and "gone.09" in words and "gone.10" not in words and "and 2 more" in words
     assert "15 unexpected" in words and "new.09" in words and "new.10" not in words and "and 5 more" in words
     assert "11 of another shape" in words and "same.09 is [3] instead of [2]" in words and "same.10" not in words
-    keymap.check_fit({"ok": (1,)}, {"ok": (1,)}, "file")
+    keymap.check_shapes({"ok": (1,)}, {"ok": (1,)}, "file")
 
 
 # ---- files
@@ -210,7 +221,10 @@ def test_parts_in_shards_and_variants(tmp_path):
     save_file(halves, tmp_path / "model.fp16.safetensors")
     assert read_part(tmp_path)[1].name == "model.fp16.safetensors"  # better than nothing
     torch.save(tensors, tmp_path / "pytorch_model.bin")
-    assert read_part(tmp_path)[1].name == "model.fp16.safetensors"  # before any torch file
+    found, file = read_part(tmp_path)
+    assert file.name == "pytorch_model.bin" and found["a"].dtype == torch.float32  # full precision comes first
+    torch.save(halves, tmp_path / "pytorch_model.fp16.bin")
+    assert read_part(tmp_path)[1].name == "pytorch_model.bin"
     for number, names in ((1, "ab"), (2, "c")):
         save_file(
             {n: tensors[n] for n in names}, tmp_path / f"diffusion_pytorch_model-0000{number}-of-00002.safetensors"
@@ -381,12 +395,123 @@ def test_a_schedule_that_ends_in_pure_noise_stays_one(tmp_path, layout, name):
     assert float(levels[1][0].alpha) == 0.0
 
 
-def test_betas_are_recognised_or_refused():
-    for kind in ("scaled_linear", "linear"):
-        schedule = {"betas": kind, "beta_start": 0.0015, "beta_end": 0.0195, "num_timesteps": 1000}
-        assert recognise_betas(betas_of(schedule).float(), "file") == schedule
-    with pytest.raises(LdmError, match="neither linear nor scaled_linear"):
-        recognise_betas(torch.linspace(0.01, 0.2, 1000) ** 3, "file")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["scaled_linear", "linear", "sigmoid"])
+@pytest.mark.parametrize("ends", [(0.00085, 0.012), (0.0015, 0.0195), (1e-4, 0.02)])
+def test_betas_are_recognised_in_every_precision(kind, ends, dtype):
+    schedule = {"betas": kind, "beta_start": ends[0], "beta_end": ends[1], "num_timesteps": 1000}
+    assert recognise_betas(betas_of(schedule).to(dtype), "file") == schedule
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_other_betas_are_refused(dtype):
+    table = betas_of(SD_SCHEDULE)
+    table[500] *= 1 + 4 * max(1e-5, torch.finfo(dtype).eps)
+    for betas in (table, torch.linspace(0.01, 0.2, 1000) ** 3, table.flip(0), table[:1], table[None], -table):
+        with pytest.raises(LdmError, match="none of scaled_linear, linear, sigmoid"):
+            recognise_betas(betas.to(dtype), "file")
+    with pytest.raises(LdmError, match="none of"):
+        recognise_betas(torch.arange(5), "file")
+
+
+def test_the_betas_are_those_of_the_papers():
+    """Ho et al. 2020; Rombach et al. 2022; the sigmoid runs from -6 to 6."""
+    expected = {
+        "linear": torch.linspace(0.00085, 0.012, 1000).double(),
+        "scaled_linear": torch.linspace(0.00085**0.5, 0.012**0.5, 1000).double() ** 2,
+        "sigmoid": 0.00085 + 0.01115 * torch.sigmoid(torch.linspace(-6, 6, 1000).double()),
+    }
+    for kind, betas in expected.items():
+        torch.testing.assert_close(betas_of({**SD_SCHEDULE, "betas": kind}), betas, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("layout, name", [("diffusers", "folder"), ("compvis", "model.safetensors")])
+def test_a_sigmoid_schedule_stays_one(tmp_path, layout, name, capsys):
+    schedule = {"class": "ldm.diffusion.schedule.DiscreteVP", "args": {"betas": "sigmoid"}}
+    run = making.our_run(tmp_path / "run", schedule=schedule)
+    out = export(run, tmp_path / name, layout)
+    if layout == "diffusers":
+        theirs = json.loads((out / "scheduler" / "scheduler_config.json").read_text())
+        ours = LatentDiffusion.load(run).denoiser.schedule.at(torch.arange(1000.0).double()).alpha ** 2
+        torch.testing.assert_close(torch.tensor(theirs["trained_betas"]).neg().add(1).double().cumprod(0), ours,
+                                   rtol=1e-4, atol=0)  # fmt: skip
+    import_model(out, tmp_path / "back")
+    assert "sigmoid betas 0.00085 to 0.012" in capsys.readouterr().out
+    before, after = LatentDiffusion.load(run), LatentDiffusion.load(tmp_path / "back")
+    assert after.denoiser.schedule == before.denoiser.schedule
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_single_file_in_half_precision_keeps_its_schedule(runs, tmp_path, dtype):
+    """Converters turn the table of betas to half precision with everything else."""
+    tensors = load_file(export(runs["sd1"], tmp_path / "m.safetensors", "compvis"))
+    save_file({name: tensor.to(dtype) for name, tensor in tensors.items()}, tmp_path / "half.safetensors")
+    import_model(tmp_path / "half.safetensors", tmp_path / "back")
+    assert LatentDiffusion.load(tmp_path / "back").denoiser.schedule == DiscreteVP()
+
+
+# ---- what a pipeline would draw otherwise
+
+
+def sampler(function: str = "ddim.sample_ddim", eta: float | None = 0.0, **changes) -> dict:
+    options = {} if eta is None else {"eta": eta}
+    node = {"_target_": f"ldm.diffusion.samplers.{function}", "_partial_": True, **options}
+    return {"function": node, "steps": 20, "spacing": "leading", "offset": 1, "final": "first", **changes}
+
+
+SAME = [
+    sampler(),
+    sampler("euler.sample_euler", eta=None),
+    sampler(steps=30, final="clean"),
+    sampler(spacing="trailing", offset=0, final="clean"),
+]
+OTHER = {
+    "sampler=dpmpp_2m becomes ddim": sampler("dpmpp.sample_dpmpp_2m", eta=None),
+    "eta=0.5": sampler(eta=0.5),
+    "spacing=karras becomes trailing": sampler(spacing="karras", offset=0, final="clean"),
+    "spacing=uniform becomes linspace": sampler(spacing="uniform", offset=0, final="clean"),
+    "offset=0 becomes 1": sampler(offset=0, final="clean"),
+    "steps=30 does not divide 1000": sampler(spacing="trailing", offset=0, final="clean", steps=30),
+    "shift=2.0 is lost": sampler(shift=2.0),
+    "guidance_interval is lost": sampler(guidance_interval=[0.2, 0.8]),
+}
+
+
+def differs(node: dict) -> list[str]:
+    return what_differs(export_model.sampling_of(node), 1000)
+
+
+def test_what_a_pipeline_draws_otherwise():
+    """That these are all of them, and only they: tests/interop."""
+    assert [differs(node) for node in SAME] == [[]] * len(SAME)
+    for words, node in OTHER.items():
+        assert len(differs(node)) == 1 and words in differs(node)[0]
+    assert len(differs(sampler("unipc.sample_unipc", spacing="karras", shift=3.0))) == 3
+
+
+def test_export_says_how_to_draw_and_what_will_be_another_picture(tmp_path, capsys):
+    run = making.our_run(tmp_path / "run", sampler=sampler(eta=0.5, spacing="trailing", offset=0, guidance_rescale=0.7))
+    export(run, tmp_path / "out", "diffusers")
+    said = capsys.readouterr().out
+    assert "pipe(prompt, num_inference_steps=20, guidance_scale=5.0, guidance_rescale=0.7, eta=0.5)" in said
+    assert "another picture than sample.py's: eta=0.5 takes its noise from elsewhere\n" in said
+    export(run, tmp_path / "parts", "diffusers", "--parts", "unet,vae")
+    assert "pipe(" not in capsys.readouterr().out  # nothing to draw with
+
+
+def test_import_says_what_it_does_not_take_over(folder, tmp_path, capsys):
+    edit(folder / SCHEDULER, lambda c: c.update(_class_name="DPMSolverMultistepScheduler"))
+    import_model(folder, tmp_path / "a")
+    assert "names DPMSolverMultistepScheduler: the run draws with DDIM" in capsys.readouterr().out
+    edit(folder / SCHEDULER, lambda c: c.update(timestep_spacing="linspace", set_alpha_to_one=False))
+    import_model(folder, tmp_path / "b")
+    assert "goes on to clean" in capsys.readouterr().out
+    model = LatentDiffusion.load(tmp_path / "b")
+    build(model.sampler).check(model.denoiser.schedule)
+    torch.save(load_file(folder / WEIGHTS), (folder / WEIGHTS).with_suffix(".bin"))
+    (folder / WEIGHTS).rename(folder / "unet" / "diffusion_pytorch_model.fp16.safetensors")
+    import_model(folder, tmp_path / "c")
+    assert "unet is read from diffusion_pytorch_model.bin" in capsys.readouterr().out
 
 
 # ---- refusals: nothing is left
@@ -410,6 +535,7 @@ def edit(path: Path, change) -> None:
 
 UNET, VAE = "unet/config.json", "vae/config.json"
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+SCHEDULER, TEXT = "scheduler/scheduler_config.json", "text_encoder/config.json"
 
 
 @pytest.mark.parametrize(
@@ -430,11 +556,14 @@ WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
         (UNET, lambda c: c.update(attention_head_dim=[8, 4, 2, 3]), "attention_head_dim"),
         (VAE, lambda c: c.update(act_fn="relu"), "act_fn"),
         (VAE, lambda c: c.update(use_post_quant_conv=False), "use_post_quant_conv"),
-        ("text_encoder/config.json", lambda c: c.update(layer_norm_eps=1e-3), "layer_norm_eps"),
+        (TEXT, lambda c: c.update(layer_norm_eps=1e-3), "layer_norm_eps"),
         ("tokenizer/vocab.json", lambda c: c.update({"<sks>": 49408}), "tokenizer is not CLIP's.*sks"),
-        ("scheduler/scheduler_config.json", lambda c: c.update(beta_schedule="squaredcos_cap_v2"), "beta_schedule"),
-        ("scheduler/scheduler_config.json", lambda c: c.update(trained_betas=[0.1]), "trained_betas"),
-        ("scheduler/scheduler_config.json", lambda c: c.update(prediction_type="flow"), "prediction_type"),
+        (SCHEDULER, lambda c: c.update(beta_schedule="squaredcos_cap_v2"), "beta_schedule"),
+        (SCHEDULER, lambda c: c.update(trained_betas=[0.1]), "its betas"),
+        (SCHEDULER, lambda c: c.update(trained_betas="abc"), "trained_betas"),
+        (SCHEDULER, lambda c: c.update(rescale_betas_zero_snr=True), "Epsilon divides by alpha.*--prediction v"),
+        (SCHEDULER, lambda c: c.update(num_train_timesteps=10**12), "num_train_timesteps"),
+        (SCHEDULER, lambda c: c.update(prediction_type="flow"), "prediction_type"),
         ("model_index.json", lambda c: c.update(_class_name="StableDiffusionInpaintPipeline"), "InpaintPipeline"),
     ],
 )  # fmt: skip
@@ -445,6 +574,54 @@ def test_a_folder_that_does_not_fit_is_refused_and_nothing_is_left(folder, tmp_p
         import_model(folder, tmp_path / "run")
     assert caught.value.exit_code in (2, 4)
     assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+def test_a_file_whose_prediction_and_schedule_contradict_each_other_is_refused(runs, tmp_path):
+    tensors = load_file(export(runs["sd1"], tmp_path / "m.safetensors", "compvis"))
+    save_file({**tensors, "ztsnr": torch.zeros(0)}, tmp_path / "z.safetensors")
+    before = sorted(p.name for p in tmp_path.iterdir())
+    with pytest.raises(LdmError, match="Epsilon divides by alpha"):
+        import_model(tmp_path / "z.safetensors", tmp_path / "run")
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+    import_model(tmp_path / "z.safetensors", tmp_path / "run", "v")
+    assert LatentDiffusion.load(tmp_path / "run").denoiser.schedule == ZeroTerminalSNR()
+
+
+STRANGE = [None, True, -1, 0, 3, 0.5, 1e30, float("nan"), "x", [], ["x"], [3], [None] * 4, {}, {"a": 1}]
+READERS = {
+    UNET: (settings.read_unet_config, UNet),
+    VAE: (lambda *given: settings.read_vae_config(*given)[0], AutoencoderKL),
+    SCHEDULER: (lambda *given: read_scheduler_config(*given)["schedule"], DiscreteVP),
+    TEXT: (lambda *given: clip.arguments_from_transformers(*given, projection=True, pad_id=0), OpenClipText),
+}
+
+
+@pytest.mark.parametrize("file", READERS)
+def test_strange_settings_are_refused_in_one_line_or_give_a_model(runs, tmp_path_factory, file):
+    """Whatever stands at any key: no other error than ours."""
+    folder = tmp_path_factory.getbasetemp() / "settings"
+    if not folder.exists():
+        export(runs["sd1"], folder, "diffusers")
+    original, refused, built = json.loads((folder / file).read_text()), [], set()
+    read, kind = READERS[file]
+    for key in original:
+        for value in STRANGE:
+            try:
+                args = read({**original, key: value}, "file")
+                if str(args) in built:
+                    continue
+                built.add(str(args))
+                with torch.device("meta" if issubclass(kind, torch.nn.Module) else "cpu"):
+                    build_saved({"class": f"{kind.__module__}.{kind.__name__}", "args": args})
+            except LdmError:
+                refused.append(key)
+    assert len(refused) > len(original) and set(refused) < set(original)
+
+
+@pytest.mark.parametrize("value", [v for v in STRANGE if v not in (None, "x")] + ["<pad>"])
+def test_a_strange_padding_token_is_refused(value):
+    with pytest.raises(LdmError, match="padding token"):
+        clip.read_pad_id({"pad_token": value}, clip.vocabulary()[0], "folder")
 
 
 def test_nothing_is_overwritten_and_a_crash_leaves_nothing(runs, folder, tmp_path, monkeypatch):
@@ -518,27 +695,135 @@ def test_the_networks_alone_of_a_run_whose_text_encoder_is_ours(tmp_path):
         assert torch.equal(tensor, ours[f"diffusion/denoiser.network.{name}"])
 
 
-def test_sdxl_comes_without_its_text_encoders(tmp_path, capsys):
-    text = {
-        "class": "ldm.models.conditioner.open_clip.OpenClipText",
-        "args": {**making.our_text("sd2"), "pooled": True},
+# ---- XL
+
+
+@pytest.fixture(scope="module")
+def xl(tmp_path_factory):
+    home = tmp_path_factory.mktemp("xl")
+    return making.our_run(home / "run", "sdxl", text=making.our_xl_text(), std=1 / 0.13025)
+
+
+def xl_file(run: Path, path: Path) -> Path:
+    """Both towers beside the networks, under the names that Stability AI published them with."""
+    tensors = load_file(export(run, path, "compvis", "--parts", "unet,vae"))
+    ours = {k.removeprefix("diffusion/conditioner.parts."): v for k, v in making.tensors_of(run).items()}
+    first = {k.removeprefix("clip."): v for k, v in ours.items() if k.startswith("clip.")}
+    home = "conditioner.embedders.0.transformer.text_model."
+    tensors |= keymap.to_theirs(clip.map_transformers(first, text_model=home), first)
+    second = {k.removeprefix("open_clip.tower."): v for k, v in ours.items() if k.startswith("open_clip.")}
+    tensors |= {f"conditioner.embedders.1.model.{k}": v for k, v in second.items()}
+    tensors |= {
+        f"{home}embeddings.position_ids": torch.arange(77),
+        "conditioner.embedders.1.model.logit_scale": torch.ones(()),
     }
-    run = making.our_run(tmp_path / "run", "sdxl", text=text, std=1 / 0.13025)
-    file = export(run, tmp_path / "xl.safetensors", "compvis", "--parts", "unet,vae")
-    tensors = {**load_file(file), "conditioner.embedders.0.transformer.text_model.x": torch.zeros(1)}
-    save_file(tensors, tmp_path / "whole.safetensors")
-    import_model(tmp_path / "whole.safetensors", tmp_path / "back")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+    return path
+
+
+def test_xl_comes_with_both_of_its_text_towers(xl, tmp_path, capsys):
+    import_model(xl_file(xl, tmp_path / "xl.safetensors"), tmp_path / "back")
     said = capsys.readouterr().out
-    assert "Stable Diffusion XL" in said and "text encoders stay behind" in said and "sample.py" not in said
-    before, back = making.tensors_of(run), making.tensors_of(tmp_path / "back")
-    assert all(torch.equal(back[name], before[name]) for name in back)
-    assert back.keys() == {name for name in before if "/conditioner." not in name}
-    with pytest.raises(LdmError, match=r"needs the tokens.*does not give"):
-        LatentDiffusion.load(tmp_path / "back")
-    again = export(tmp_path / "back", tmp_path / "again.safetensors", "compvis", "--parts", "unet,vae")
-    assert again.read_bytes() == file.read_bytes()
+    assert "Stable Diffusion XL" in said and "clip 3." in said and "sample.py run=" in said
+    same(xl, tmp_path / "back")
+    old, new = LatentDiffusion.load(xl), LatentDiffusion.load(tmp_path / "back")
+    columns = {"size": [(64, 64, 0, 0, 64, 64)] * 2}
+    before, after = (model.condition(["a red fox", ""], columns) for model in (old, new))
+    assert torch.equal(before.tokens, after.tokens) and torch.equal(before.vector, after.vector)
+    assert before.tokens.shape == (2, 77, 96) and before.vector.shape == (2, 96)
+    assert new.reads == ("caption", "size") and "size" in new.conditioner.keep
     with pytest.raises(LdmError, match="vector of 96"):
         export(tmp_path / "back", tmp_path / "out", "diffusers")
+    again = export(tmp_path / "back", tmp_path / "again.safetensors", "compvis", "--parts", "unet,vae")
+    first = export(xl, tmp_path / "first.safetensors", "compvis", "--parts", "unet,vae")
+    assert again.read_bytes() == first.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda t: t.pop("conditioner.embedders.1.model.ln_final.bias"), "1 missing: .*ln_final.bias"),
+        (lambda t: t.update({"conditioner.embedders.0.model.x": torch.zeros(1)}), "refiner"),
+        (lambda t: t.update({"cond_stage_model.model.x": torch.zeros(1)}), "1 unexpected: cond_stage_model.model.x"),
+        (lambda t: [t.pop(k) for k in list(t) if "embedders.0" in k], "tokens of width 96 .*towers give .* 800"),
+    ],
+)
+def test_an_xl_file_that_does_not_fit_is_refused(xl, tmp_path, change, words):
+    file = xl_file(xl, tmp_path / "xl.safetensors")
+    edit(file, change)
+    with pytest.raises(LdmError, match=words):
+        import_model(file, tmp_path / "back")
+    assert [p.name for p in tmp_path.iterdir()] == [file.name]
+
+
+def test_xl_without_its_text_encoders_says_what_is_missing(tmp_path, capsys):
+    """A narrow UNet with XL's own widths of text: the towers are known, their weights are not there."""
+    sizes = {"context_size": 2048, "vector_size": 2816, "transformer_depth": [0, 1, 1], "mid_transformer_depth": 1}
+    text = {"class": "ldm.models.conditioner.compose.Compose", "args": {"parts": {}}}
+    run = making.our_run(tmp_path / "run", "sdxl", network=sizes, text=text)
+    file = export(run, tmp_path / "xl.safetensors", "compvis", "--parts", "unet,vae")
+    import_model(file, tmp_path / "back")
+    said = capsys.readouterr().out
+    assert "no weights of the text towers clip, open_clip" in said and "try: python sample.py" not in said
+    keys = [f"model.conditioner.parts.{name}.weights=FILE" for name in ("clip", "open_clip")]
+    assert " ".join(keys) in said
+    with pytest.raises(LdmError, match=r"no weights of its text towers: .*clip, .*open_clip; .*weights=FILE") as caught:
+        LatentDiffusion.load(tmp_path / "back")
+    assert caught.value.code == "WEIGHTS"
+    # the same as the preset, whose second tower open_clip knows by name
+    config = Store(tmp_path / "back" / "diffusion" / "ckpt").newest().document("config")
+    preset = to_saved(compose("train", ["model/conditioner=sdxl"])["model"]["conditioner"])
+    with torch.device("meta"):
+        shapes = [shapes_of(build_saved(node)) for node in (config["conditioner"], preset)]
+    assert shapes[0] == shapes[1]
+    for node in (config["conditioner"], preset):
+        del node["args"]["parts"]["open_clip"]["args"]["config"]
+    assert config["conditioner"] == preset
+    shutil.copytree(CONFIGS, tmp_path / "configs")
+    shutil.copy(tmp_path / "back" / "experiment.yaml", tmp_path / "configs" / "experiment" / "mine.yaml")
+    words = ["experiment=mine", "data.path=shards"]
+    files = [key.replace("FILE", f"{i}.safetensors") for i, key in enumerate(keys)]
+    cfg = compose("train", words + files, config_dir=tmp_path / "configs")
+    assert cfg["data"]["columns"] == {"size": "@size"} and cfg["model"]["network"]["context_size"] == 2048
+    assert cfg["model"]["conditioner"]["parts"]["open_clip"]["weights"] == "1.safetensors"
+
+
+def without_towers(xl: Path, folder: Path, *names: str) -> Path:
+    """A copy of the run whose checkpoint lacks these text towers."""
+    shutil.copytree(xl, folder)
+    old = Store(folder / "diffusion" / "ckpt").newest()
+    tensors = {k: v for k, v in old.tensors("model").items() if k.split(".")[2] not in names}
+    documents = {name: old.document(name) for name in ("state", "config")}
+    Store(folder / "diffusion" / "ckpt").save(8, tensors={"model": tensors}, trees={}, documents=documents)
+    return folder
+
+
+def test_a_training_brings_the_towers_that_its_source_lacks(xl, tmp_path):
+    source = Store(without_towers(xl, tmp_path / "half", "clip", "open_clip") / "diffusion" / "ckpt").newest()
+    whole = LatentDiffusion.load(xl)
+    node = making.our_xl_text()
+
+    def fresh() -> LatentDiffusion:
+        conditioner = build_saved(node)
+        denoiser = build_saved(source.document("config")["denoiser"])
+        return LatentDiffusion(whole.autoencoder, conditioner, denoiser, image_size=64)
+
+    with pytest.raises(LdmError, match=r"towers: conditioner\.parts\.clip, conditioner\.parts\.open_clip;"):
+        load_source(fresh(), source)
+    for name in ("clip", "open_clip"):
+        state = whole.conditioner.parts[name].tower.state_dict()
+        save_file(state, tmp_path / f"{name}.safetensors")
+        node["args"]["parts"][name]["args"]["weights"] = str(tmp_path / f"{name}.safetensors")
+    model = fresh()
+    load_source(model, source)
+    expected = whole.state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
+    # a tower that the source holds comes from there, whatever file it names
+    (tmp_path / "clip.safetensors").unlink()
+    one = Store(without_towers(xl, tmp_path / "one", "open_clip") / "diffusion" / "ckpt").newest()
+    model = fresh()
+    load_source(model, one)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
 
 
 # ---- statistics

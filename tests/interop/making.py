@@ -73,6 +73,11 @@ TEXTS: dict[str, dict[str, Any]] = {
         "hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 1,
         "hidden_act": "gelu",
     },
+    "sdxl": {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 1},
+    "sdxl_2": {
+        "hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 1,
+        "hidden_act": "gelu", "projection_dim": 48,
+    },
 }  # fmt: skip
 
 
@@ -100,10 +105,11 @@ def vae(**changes: Any) -> Any:
 
 
 def text_encoder(family: str, **changes: Any) -> Any:
-    from transformers import CLIPTextConfig, CLIPTextModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     torch.manual_seed(3)
-    model = CLIPTextModel(CLIPTextConfig(**{**TEXTS[family], **changes})).eval()
+    kind = CLIPTextModelWithProjection if family == "sdxl_2" else CLIPTextModel
+    model = kind(CLIPTextConfig(**{**TEXTS[family], **changes})).eval()
     for parameter in model.parameters():  # transformers' initial values give nearly equal tokens
         torch.nn.init.normal_(parameter, std=0.1)
     return model
@@ -119,23 +125,29 @@ def tokenizer(folder: Path, pad_id: int) -> Any:
 
 
 def pipeline(family: str, folder: Path, prediction: str = "epsilon", **unet_changes: Any) -> Any:
-    """A StableDiffusionPipeline saved in `folder` by diffusers itself."""
-    from diffusers import DDIMScheduler, StableDiffusionPipeline
+    """A pipeline of Stable Diffusion saved in `folder` by diffusers itself."""
+    from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 
-    scheduler = DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False,
-        steps_offset=1, prediction_type=prediction,
-    )  # fmt: skip
-    pipe = StableDiffusionPipeline(
-        vae=vae(),
-        text_encoder=text_encoder(family),
-        tokenizer=tokenizer(folder.with_name(folder.name + "-tokenizer"), 49407 if family == "sd1" else 0),
-        unet=unet(family, **unet_changes),
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    def words(number: str, pad_id: int) -> Any:
+        return tokenizer(folder.with_name(f"{folder.name}-tokenizer{number}"), pad_id)
+
+    parts = {
+        "vae": vae(**({"scaling_factor": 0.13025} if family == "sdxl" else {})),
+        "text_encoder": text_encoder(family),
+        "tokenizer": words("", 0 if family == "sd2" else 49407),
+        "unet": unet(family, **unet_changes),
+        "scheduler": DDIMScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
+            set_alpha_to_one=False, steps_offset=1, prediction_type=prediction,
+        ),
+    }  # fmt: skip
+    if family == "sdxl":
+        second = {"text_encoder_2": text_encoder("sdxl_2"), "tokenizer_2": words("_2", 0)}
+        pipe = StableDiffusionXLPipeline(**parts, **second, add_watermarker=False)
+    else:
+        pipe = StableDiffusionPipeline(
+            **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+        )
     pipe.set_progress_bar_config(disable=True)
     pipe.save_pretrained(folder)
     return pipe
@@ -170,6 +182,25 @@ def our_text(family: str, layers: int = 3, **changes: Any) -> dict[str, Any]:
         64, layers, heads=1, quick_gelu=first, projection=None if first else 64, pad_id=49407 if first else 0,
         layer=-1 if first else -2, **changes,
     )  # fmt: skip
+
+
+def our_xl_text() -> dict[str, Any]:
+    """The conditioner of a reduced XL: tokens of 64 + 32, a vector of 48 and six sizes of 8."""
+    tower = "ldm.models.conditioner.open_clip.OpenClipText"
+    first = clip.arguments(64, 3, heads=1, quick_gelu=True, projection=None, pad_id=49407)
+    second = clip.arguments(32, 3, heads=1, quick_gelu=False, projection=48, pad_id=0)
+    return {
+        "class": "ldm.models.conditioner.compose.Compose",
+        "args": {
+            "parts": {
+                "clip": {"class": tower, "args": clip.as_in_xl(first, pooled=False)},
+                "open_clip": {"class": tower, "args": clip.as_in_xl(second, pooled=True)},
+                "size": {"class": "ldm.models.conditioner.size.Size", "args": {"num_sinusoids": 8}},
+            },
+            "tokens": ["clip", "open_clip"], "vector": ["open_clip", "size"], "join": "channels", "keep": ["size"],
+            "drop_prob": 0.1,
+        },
+    }  # fmt: skip
 
 
 def our_run(

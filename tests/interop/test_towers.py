@@ -147,7 +147,7 @@ def test_transformers(dtype, limit, family, skip):
     args["config"]["text_cfg"]["proj_type"] = "none"
     ours = OpenClipText(**{**args, "layer": -1 - skip}).to(dtype)
     table = clip.map_transformers(ours.state_dict())
-    keymap.check_fit(
+    keymap.check_shapes(
         keymap.their_shapes(table, {k: tuple(v.shape) for k, v in ours.state_dict().items()}),
         {k: tuple(v.shape) for k, v in theirs.items()},
         "transformers",

@@ -12,6 +12,7 @@ from typing import Any
 
 from ldm.checkpoints.formats import keymap
 from ldm.checkpoints.formats.keymap import KeyMap, Place
+from ldm.checkpoints.formats.reading import count, setting
 from ldm.errors import LdmError
 
 VOCAB_SIZE = 49408
@@ -63,8 +64,6 @@ def map_transformers(names: Iterable[str], *, prefix: str = "tower.", text_model
 
 def arguments_from_transformers(config: Mapping[str, Any], where: str, *, projection: bool, pad_id: int) -> dict:
     """A config.json of transformers -> arguments of `OpenClipText`. Raises LdmError naming what differs from CLIP."""
-    width, heads = config.get("hidden_size", 512), config.get("num_attention_heads", 8)
-    act = config.get("hidden_act", "quick_gelu")
     fixed = {
         "layer_norm_eps": 1e-5,
         "vocab_size": VOCAB_SIZE,
@@ -74,16 +73,27 @@ def arguments_from_transformers(config: Mapping[str, Any], where: str, *, projec
     for key, value in fixed.items():
         if config.get(key, value) != value:
             raise LdmError("FORMAT", f"{key} is {config[key]}, expected {value}", where=where)
+    act = setting(config, "hidden_act", "quick_gelu", where)
     if act not in ("gelu", "quick_gelu"):
         raise LdmError("FORMAT", f"hidden_act is {act!r}, expected gelu or quick_gelu", where=where)
+    sizes = {
+        key: count(config, key, default, where)
+        for key, default in (
+            ("hidden_size", 512), ("intermediate_size", 2048), ("num_hidden_layers", 12), ("num_attention_heads", 8),
+            ("max_position_embeddings", 77), ("projection_dim", 512),
+        )
+    }  # fmt: skip
+    width, heads = sizes["hidden_size"], sizes["num_attention_heads"]
+    if width % heads:
+        raise LdmError("FORMAT", f"num_attention_heads {heads} does not divide hidden_size {width}", where=where)
     return arguments(
         width,
-        config.get("num_hidden_layers", 12),
+        sizes["num_hidden_layers"],
         heads=heads,
-        mlp_ratio=config.get("intermediate_size", 2048) / width,
-        length=config.get("max_position_embeddings", 77),
+        mlp_ratio=sizes["intermediate_size"] / width,
+        length=sizes["max_position_embeddings"],
         quick_gelu=act == "quick_gelu",
-        projection=config.get("projection_dim", 512) if projection else None,
+        projection=sizes["projection_dim"] if projection else None,
         pad_id=pad_id,
     )
 
@@ -116,6 +126,21 @@ def arguments(
         "layer": layer,
         "pad_id": pad_id,
     }
+
+
+def as_in_xl(args: Mapping[str, Any], *, pooled: bool) -> dict[str, Any]:
+    """Arguments of a tower that SDXL uses: its last layer but one without the norm, and dropped with the other one.
+
+    Source: Podell et al. 2023, arXiv:2307.01952, section 2.1.
+    """
+    return {**args, "layer": -2, "final_norm": False, "pooled": pooled, "drop_prob": 0.0}
+
+
+def xl_towers() -> dict[str, dict[str, Any]]:
+    """The two that SDXL was published with: CLIP ViT-L/14 and OpenCLIP ViT-bigG/14."""
+    first = arguments(768, 12, heads=12, quick_gelu=True, projection=None, pad_id=49407)
+    second = arguments(1280, 32, heads=20, quick_gelu=False, projection=1280, pad_id=0)
+    return {"clip": as_in_xl(first, pooled=False), "open_clip": as_in_xl(second, pooled=True)}
 
 
 def config_for_transformers(args: Mapping[str, Any], model: Mapping[str, Any], layers: int) -> dict[str, Any]:

@@ -7,8 +7,10 @@ of the autoencoder counts its levels from fine to coarse, and its attention is m
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,23 +18,19 @@ import torch
 from torch import Tensor
 
 from ldm.checkpoints.formats import clip, keymap
-from ldm.checkpoints.formats.description import (
-    PREDICTIONS,
-    SD_SCHEDULE,
-    Foreign,
-    Part,
-    betas_of,
-    kind_of,
-    recognise_betas,
-)
+from ldm.checkpoints.formats.description import XL, Foreign, Part, kind_of
 from ldm.checkpoints.formats.keymap import KeyMap, Place, Shape
 from ldm.checkpoints.formats.reading import read_file
+from ldm.checkpoints.formats.schedules import PREDICTIONS, SD_SCHEDULE, betas_of, recognise_betas
 from ldm.errors import LdmError
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 TEXT_HF, TEXT_OPEN_CLIP = "cond_stage_model.transformer.", "cond_stage_model.model."
 _EMA = "model_ema."
-_SDXL_TEXT = "conditioner.embedders."
+XL_HF, XL_OPEN_CLIP = "conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."
+_REFINER_TEXT = "conditioner.embedders.0.model."
+SCALES = {XL: 0.13025}
+SD_SCALE = 0.18215
 _HEAD_SIZE = 64  # of every CLIP text tower
 
 _RESNET = {
@@ -54,7 +52,8 @@ _TRANSFORMER = (
 _KNOWN_CONSTANTS = re.compile(
     r"(sqrt_|log_)?(one_minus_|recip_|recipm1_)?alphas_cumprod(_prev)?|betas|posterior_.*|lvlb_weights|logvar|"
     r"scale_factor|v_pred|ztsnr|denoiser\.sigmas|model_ema\.(decay|num_updates)|first_stage_model\.(loss|model_ema)\..*|"
-    r"cond_stage_model\.(logit_scale|transformer\.text_model\.embeddings\.position_ids|model\.(logit_scale|attn_mask))"
+    r"(cond_stage_model|conditioner\.embedders\.[01])\."
+    r"(logit_scale|transformer\.text_model\.embeddings\.position_ids|model\.(logit_scale|attn_mask))"
 )
 
 
@@ -84,14 +83,14 @@ def map_vae(names: Iterable[str], *, prefix: str = VAE) -> KeyMap:
     return keymap.make(names, rule)
 
 
-def map_text_transformers(names: Iterable[str]) -> KeyMap:
-    """Names of `OpenClipText` -> SD1's text encoder."""
-    return clip.map_transformers(names, text_model=f"{TEXT_HF}text_model.")
+def map_text_transformers(names: Iterable[str], *, home: str = TEXT_HF) -> KeyMap:
+    """Names of `OpenClipText` -> the text encoder of SD1, the first one of SDXL."""
+    return clip.map_transformers(names, text_model=f"{home}text_model.")
 
 
-def map_text_open_clip(names: Iterable[str], *, prefix: str = "tower.") -> KeyMap:
-    """Names of `OpenClipText` -> SD2's text encoder, which is open_clip's own."""
-    return keymap.make(names, lambda name: Place((TEXT_OPEN_CLIP + name.removeprefix(prefix),)))
+def map_text_open_clip(names: Iterable[str], *, home: str = TEXT_OPEN_CLIP) -> KeyMap:
+    """Names of `OpenClipText` -> the text encoder of SD2, the second one of SDXL: open_clip's own names."""
+    return keymap.make(names, lambda name: Place((home + name.removeprefix("tower."),)))
 
 
 def map_averages(names: Iterable[str]) -> KeyMap:
@@ -198,18 +197,11 @@ def read(path: Path, prediction: str | None = None) -> Foreign:
     """What a single file holds. prediction: the user's word, for files that do not say. Raises LdmError FORMAT."""
     tensors, metadata = read_file(path)
     where = str(path)
-    groups: dict[str, dict[str, Tensor]] = {"unet": {}, "vae": {}, "hf": {}, "open_clip": {}, "ema": {}}
-    homes = {UNET: "unet", VAE: "vae", TEXT_HF: "hf", TEXT_OPEN_CLIP: "open_clip", _EMA: "ema"}
-    strange, sdxl_text = [], 0
+    homes = {UNET: "unet", VAE: "vae", _EMA: "ema", **dict.fromkeys(_TOWERS, "text"), _REFINER_TEXT: "refiner"}
+    groups: dict[str, dict[str, Tensor]] = {home: {} for home in (*homes.values(), "strange")}
     for name, tensor in tensors.items():
-        home = next((home for prefix, home in homes.items() if name.startswith(prefix)), None)
-        if name.startswith(_SDXL_TEXT):
-            sdxl_text += 1
-        elif _KNOWN_CONSTANTS.fullmatch(name):
-            continue
-        elif home is None:
-            strange.append(name)
-        else:
+        if not _KNOWN_CONSTANTS.fullmatch(name):
+            home = next((home for prefix, home in homes.items() if name.startswith(prefix)), "strange")
             groups[home][name] = tensor
     if not groups["unet"] or not groups["vae"]:
         some = ", ".join(sorted(tensors)[:3])
@@ -217,26 +209,23 @@ def read(path: Path, prediction: str | None = None) -> Foreign:
             "FORMAT", "is no Stable Diffusion model in one file", where=where, limit=f"it holds {some}, ...",
             next=f"expected names that begin with {UNET} and {VAE}",
         )  # fmt: skip
-    keymap.check_fit({}, {name: tuple(tensors[name].shape) for name in strange}, where)
+    if groups["refiner"]:
+        raise LdmError("FORMAT", "is the refiner of SDXL, which goes on from another model's pictures", where=where)
+    keymap.check_shapes({}, {name: tuple(tensor.shape) for name, tensor in groups["strange"].items()}, where)
     network = describe_unet({name: tuple(t.shape) for name, t in groups["unet"].items()}, where)
     autoencoder = describe_vae({name: tuple(t.shape) for name, t in groups["vae"].items()}, where)
     kind = kind_of(network, where)
-    text, text_part = _describe_text(groups, where)
-    if text is None and kind != "Stable Diffusion XL":
-        raise LdmError("FORMAT", "holds no text encoder", where=where, next=f"expected {TEXT_HF}* or {TEXT_OPEN_CLIP}*")
+    text, towers = _describe_towers(groups["text"], kind, where)
     prediction, notes = _choose_prediction(kind, metadata, prediction, "v_pred" in tensors, where)
-    if sdxl_text:
-        notes.append("its text encoders stay behind: of SDXL, the UNet and the autoencoder are imported")
-    scale = {"Stable Diffusion XL": 0.13025}.get(kind, 0.18215)
+    scale = SCALES.get(kind, SD_SCALE)
     if "scale_factor" in tensors:
-        scale = float(tensors["scale_factor"])
-    size = {"Stable Diffusion XL": 1024, "Stable Diffusion 2": 768 if prediction == "v" else 512}.get(kind, 512)
+        scale = float(tensors["scale_factor"].reshape(-1)[:1].sum())
+        if not 0 < scale < math.inf:
+            raise LdmError("FORMAT", f"its scale_factor is {scale}", where=where, limit="a positive number")
+    size = {XL: 1024, "Stable Diffusion 2": 768 if prediction == "v" else 512}.get(kind, 512)
     resolution = metadata.get("modelspec.resolution", "").partition("x")[0]
     size = int(resolution) if resolution.isdigit() and 8 <= int(resolution) <= 8192 else size
     zero_snr = "ztsnr" in tensors
-    parts = {"unet": Part(groups["unet"], map_unet), "vae": Part(groups["vae"], map_vae)}
-    if text_part is not None:
-        parts["text"] = text_part
     return Foreign(
         kind=f"{kind}, one file",
         network=network,
@@ -249,7 +238,7 @@ def read(path: Path, prediction: str | None = None) -> Foreign:
         sampler={"spacing": "trailing", "final": "first"}
         if zero_snr
         else {"spacing": "leading", "offset": 1, "final": "first"},
-        parts=parts,
+        parts={"unet": Part(groups["unet"], map_unet), "vae": Part(groups["vae"], map_vae), **towers},
         std=1 / scale,
         averaged=Part(groups["ema"], map_averages) if groups["ema"] else None,
         notes=tuple(notes),
@@ -310,31 +299,52 @@ def describe_vae(shapes: Mapping[str, Shape], where: str, prefix: str = VAE) -> 
         ) from error
 
 
-def _describe_text(groups: Mapping[str, Mapping[str, Tensor]], where: str) -> tuple[dict[str, Any] | None, Part | None]:
-    """Arguments of `OpenClipText` and its tensors, from whichever of the two layouts is there."""
-    hf, own = groups["hf"], groups["open_clip"]
-    try:
-        if hf:
-            text = f"{TEXT_HF}text_model."
-            length, width = hf[f"{text}embeddings.position_embedding.weight"].shape
-            hidden = hf[f"{text}encoder.layers.0.mlp.fc1.weight"].shape[0]
-            layers = _count(hf, re.escape(text) + r"encoder\.layers\.(\d+)\.")
-            part = Part(hf, map_text_transformers)
-            return _tower(width, layers, hidden, length, quick_gelu=True, projection=None, pad_id=49407), part
-        if own:
-            length, width = own[f"{TEXT_OPEN_CLIP}positional_embedding"].shape
-            hidden = own[f"{TEXT_OPEN_CLIP}transformer.resblocks.0.mlp.c_fc.weight"].shape[0]
-            layers = _count(own, re.escape(TEXT_OPEN_CLIP) + r"transformer\.resblocks\.(\d+)\.")
-            projection = own.get(f"{TEXT_OPEN_CLIP}text_projection")
-            whole = projection is not None  # without a projection the last block, which SD2 does not use, went too
-            text_args = _tower(
-                width, layers, hidden, length, quick_gelu=False, pad_id=0,
-                projection=projection.shape[1] if projection is not None else None,
-            )  # fmt: skip
-            return {**text_args, "layer": -2 if whole else -1}, Part(own, map_text_open_clip)
-    except (KeyError, ValueError) as error:
-        raise LdmError("FORMAT", "its text encoder is not CLIP's", where=where, limit=f"no {error}") from error
-    return None, None
+_TOWERS = {TEXT_HF: "text", TEXT_OPEN_CLIP: "text", XL_HF: "clip", XL_OPEN_CLIP: "open_clip"}
+
+
+def _describe_towers(
+    tensors: Mapping[str, Tensor], kind: str, where: str
+) -> tuple[dict[str, dict[str, Any]], dict[str, Part]]:
+    """Arguments of `OpenClipText` and the tensors of each text tower that is there; XL's may be missing."""
+    text: dict[str, dict[str, Any]] = clip.xl_towers() if kind == XL else {}
+    parts = {}
+    for home, name in _TOWERS.items():
+        inner = {key.removeprefix(home): tensor for key, tensor in tensors.items() if key.startswith(home)}
+        if not inner or (kind == XL) != (name != "text"):
+            continue
+        describe, rule = _TOWER_KINDS[home in (TEXT_HF, XL_HF)]
+        try:
+            args = describe(inner)
+        except (KeyError, ValueError, IndexError) as error:
+            raise LdmError("FORMAT", "its text encoder is not CLIP's", where=where, limit=f"no {error}") from error
+        text[name] = clip.as_in_xl(args, pooled=name == "open_clip") if kind == XL else args
+        parts[name] = Part({home + key: tensor for key, tensor in inner.items()}, partial(rule, home=home))
+    lost = [key for key in tensors if not any(key in part.tensors for part in parts.values())]
+    keymap.check_shapes({}, {key: tuple(tensors[key].shape) for key in lost}, where)  # another family's text encoder
+    if not text:
+        raise LdmError("FORMAT", "holds no text encoder", where=where, next=f"expected {TEXT_HF}* or {TEXT_OPEN_CLIP}*")
+    return text, parts
+
+
+def _describe_transformers(tower: Mapping[str, Tensor]) -> dict[str, Any]:
+    length, width = tower["text_model.embeddings.position_embedding.weight"].shape
+    hidden = tower["text_model.encoder.layers.0.mlp.fc1.weight"].shape[0]
+    layers = _count(tower, r"text_model\.encoder\.layers\.(\d+)\.")
+    return _tower(width, layers, hidden, length, quick_gelu=True, projection=None, pad_id=49407)
+
+
+def _describe_open_clip(tower: Mapping[str, Tensor]) -> dict[str, Any]:
+    length, width = tower["positional_embedding"].shape
+    hidden = tower["transformer.resblocks.0.mlp.c_fc.weight"].shape[0]
+    layers = _count(tower, r"transformer\.resblocks\.(\d+)\.")
+    matrix = tower.get("text_projection")
+    projection = None if matrix is None else matrix.shape[1]
+    args = _tower(width, layers, hidden, length, quick_gelu=False, projection=projection, pad_id=0)
+    # without a projection the last block, which SD2 does not use, went too
+    return {**args, "layer": -1 if matrix is None else -2}
+
+
+_TOWER_KINDS = {True: (_describe_transformers, map_text_transformers), False: (_describe_open_clip, map_text_open_clip)}
 
 
 def _tower(

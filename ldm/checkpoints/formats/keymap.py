@@ -84,7 +84,7 @@ def to_theirs(table: KeyMap, ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return theirs
 
 
-def check_fit(expected: Mapping[str, Shape], found: Mapping[str, Shape], where: str, *, next: str = "") -> None:
+def check_shapes(expected: Mapping[str, Shape], found: Mapping[str, Shape], where: str, *, next: str = "") -> None:
     """Raise LdmError SHAPE that lists what is missing, unexpected and of another shape, ten of each at most."""
     missing = sorted(expected.keys() - found.keys())
     unexpected = sorted(found.keys() - expected.keys())

@@ -9,7 +9,7 @@ import json
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from ldm.errors import LdmError
 
 MAX_JSON_BYTES = 10 * 2**20
 _TORCH_FILES = (".ckpt", ".pt", ".pth", ".bin")
+Setting = TypeVar("Setting", bool, int, float, str)
 _STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
 
 
@@ -41,17 +42,17 @@ def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def read_part(folder: Path) -> tuple[dict[str, Tensor], Path]:
     """The tensors of one model in a folder of the diffusers layout, and the file (or index) that they came from.
 
-    Safetensors before torch files, full precision before the fp16 variant; one file, or shards behind an index.
+    Full precision before the fp16 variant, and then safetensors before torch files; one file, or shards behind an
+    index.
     """
-    for suffix, index in ((".safetensors", ".safetensors.index"), (".bin", ".bin.index")):
-        for variant in ("", ".fp16"):
-            for stem in _STEMS:
-                single = folder / f"{stem}{variant}{suffix}"
-                if single.is_file():
-                    return read_file(single)[0], single
-                for name in {f"{stem}{index}{variant}.json", f"{stem}{variant}{index}.json"}:
-                    if (folder / name).is_file():
-                        return _read_shards(folder / name), folder / name
+    for variant, suffix in (("", ".safetensors"), ("", ".bin"), (".fp16", ".safetensors"), (".fp16", ".bin")):
+        for stem in _STEMS:
+            single = folder / f"{stem}{variant}{suffix}"
+            if single.is_file():
+                return read_file(single)[0], single
+            for name in (f"{stem}{suffix}.index{variant}.json", f"{stem}{variant}{suffix}.index.json"):
+                if (folder / name).is_file():
+                    return _read_shards(folder / name), folder / name
     names = ", ".join(f"{stem}.safetensors" for stem in _STEMS)
     raise LdmError("FORMAT", "the folder holds no weights", where=str(folder), limit=f"looked for {names}, .bin")
 
@@ -68,6 +69,23 @@ def read_json(path: Path) -> dict[str, Any]:
         raise LdmError("FORMAT", "is not JSON", where=str(path)) from error
     if not isinstance(value, dict):
         raise LdmError("FORMAT", "is not a JSON object", where=str(path))
+    return value
+
+
+def setting(config: Mapping[str, Any], key: str, default: Setting, where: str) -> Setting:
+    """`config[key]`, or `default` where it is left out. Raises LdmError FORMAT for a value of another type."""
+    value = config.get(key, default)
+    kinds = (int, float) if isinstance(default, float) else type(default)
+    if isinstance(value, kinds) and isinstance(value, bool) == isinstance(default, bool):
+        return value  # type: ignore[return-value]
+    raise LdmError("FORMAT", f"{key} is {value!r}", where=where, limit=f"expected {type(default).__name__}")
+
+
+def count(config: Mapping[str, Any], key: str, default: int, where: str) -> int:
+    """A `setting` of at least 1."""
+    value = setting(config, key, default, where)
+    if value < 1:
+        raise LdmError("FORMAT", f"{key} is {value}", where=where, limit="at least 1")
     return value
 
 
