@@ -61,17 +61,22 @@ def check(node: Any, *, where: str = "", trusted: tuple[str, ...] = ()) -> None:
                 raise LdmError("BUILD", f"{key!r} is not supported", where=path, next="use _target_ and _partial_ only")
 
 
-def build_saved(node: Mapping[str, Any], *, where: str = "config.json", **extra: Any) -> Any:
-    """Construct a `{"class": ..., "args": {...}}` node of a checkpoint: model classes of `ldm` only."""
+def build_saved(
+    node: Mapping[str, Any], *, where: str = "config.json", trusted: tuple[str, ...] = (), **extra: Any
+) -> Any:
+    """Construct a `{"class": ..., "args": {...}}` node of a checkpoint: model classes of `ldm` only.
+
+    trusted: further packages, from the command line only.
+    """
     for path, child in _walk(node, where):
         for key in child:
             if str(key).startswith("_"):
                 raise LdmError("BUILD", f"{key!r} may not stand in a checkpoint", where=path)
         if "class" in child:
-            _check_name(child["class"], path, _SAVED_ROOMS, frozenset())
+            _check_name(child["class"], path, _SAVED_ROOMS + tuple(f"{p}." for p in trusted), frozenset())
             if set(child) != {"class", "args"} or not isinstance(child["args"], Mapping):
                 raise LdmError("BUILD", "a node of a checkpoint has exactly 'class' and 'args'", where=path)
-    return _construct_saved(node, where, extra)
+    return _construct_saved(node, where, extra, trusted)
 
 
 def to_saved(node: Any) -> Any:
@@ -132,6 +137,7 @@ def _check_name(name: Any, where: str, rooms: tuple[str, ...], listed: frozenset
         return
     close = get_close_matches(str(name), sorted(listed), n=1)
     allowed = f"nearest allowed name: {close[0]}" if close else "allowed: " + ", ".join(f"{r}*" for r in rooms)
+    allowed += "; a package of your own needs trusted_targets=[PACKAGE]"
     raise LdmError("BUILD", f"{name!r} may not be constructed", where=where, next=allowed)
 
 
@@ -148,15 +154,15 @@ def _construct(node: Any, where: str, extra: Mapping[str, Any], trusted: tuple[s
     return _call(target, {**values, **extra}, where, partial=bool(node.get("_partial_", False)))
 
 
-def _construct_saved(node: Any, where: str, extra: Mapping[str, Any]) -> Any:
+def _construct_saved(node: Any, where: str, extra: Mapping[str, Any], trusted: tuple[str, ...]) -> Any:
     if isinstance(node, list | tuple):
-        return [_construct_saved(v, f"{where}[{i}]", {}) for i, v in enumerate(node)]
+        return [_construct_saved(v, f"{where}[{i}]", {}, trusted) for i, v in enumerate(node)]
     if not isinstance(node, Mapping):
         return node
     if "class" not in node:
-        return {k: _construct_saved(v, f"{where}.{k}", {}) for k, v in node.items()}
-    values = {k: _construct_saved(v, f"{where}.{k}", {}) for k, v in node["args"].items()}
-    return _call(resolve(node["class"], where=where), {**values, **extra}, where, partial=False)
+        return {k: _construct_saved(v, f"{where}.{k}", {}, trusted) for k, v in node.items()}
+    values = {k: _construct_saved(v, f"{where}.{k}", {}, trusted) for k, v in node["args"].items()}
+    return _call(resolve(node["class"], where=where, trusted=trusted), {**values, **extra}, where, partial=False)
 
 
 def _call(target: Callable[..., Any], arguments: dict[str, Any], where: str, *, partial: bool) -> Any:

@@ -101,11 +101,13 @@ class LatentDiffusion(nn.Module):
         return self.autoencoder.latent_channels, height // f, width // f
 
     @classmethod
-    def load(cls, path: str | Path | None = None, *, weights: str = "ema", device: Any = "cpu") -> LatentDiffusion:
+    def load(
+        cls, path: str | Path | None = None, *, weights: str = "ema", device: Any = "cpu", trusted: tuple[str, ...] = ()
+    ) -> LatentDiffusion:
         """From a run folder (default: the run last trained).
 
         weights: of the denoiser, "ema" (the average, which samples best) or "raw". The autoencoder is always the one
-            that the latents were made with.
+            that the latents were made with.   trusted: packages of yours that the run's parts come from.
         Raises LdmError when a stage is missing or its checkpoint is damaged, or when the denoiser was trained on the
         latents of another autoencoder.
         """
@@ -114,19 +116,21 @@ class LatentDiffusion(nn.Module):
         config, state = checkpoint.document("config"), checkpoint.document("state")
         autoencoder: Autoencoder
         if "autoencoder" in config:  # one without weights
-            autoencoder = build.build_saved(config["autoencoder"], where="config.json: autoencoder")
+            autoencoder = build.build_saved(config["autoencoder"], where="config.json: autoencoder", trusted=trusted)
         else:
-            autoencoder = load_autoencoder(open_stage(run, "autoencoder"))
+            autoencoder = load_autoencoder(open_stage(run, "autoencoder"), trusted)
         check_latent_id(autoencoder, state.get("latent_id"), checkpoint.path)
         weights_read = read_weights(checkpoint, weights)
         with torch.device("meta"):
-            towers = absent_towers(build.build_saved(config["conditioner"], where="conditioner"), weights_read)
+            towers = absent_towers(
+                build.build_saved(config["conditioner"], where="conditioner", trusted=trusted), weights_read
+            )
         if towers:  # said before anything large is built
             raise no_tower_weights(list(towers), checkpoint.path)
         model = cls(
             autoencoder,
-            build.build_saved(config["conditioner"], where="config.json: conditioner"),
-            build.build_saved(config["denoiser"], where="config.json: denoiser"),
+            build.build_saved(config["conditioner"], where="config.json: conditioner", trusted=trusted),
+            build.build_saved(config["denoiser"], where="config.json: denoiser", trusted=trusted),
             image_size=config["image_size"],
             sampler=config.get("sampler"),
         )
@@ -195,9 +199,10 @@ def open_stage(run: Path, stage: str) -> Checkpoint:
     return checkpoint
 
 
-def load_autoencoder(checkpoint: Checkpoint) -> AutoencoderKL:
+def load_autoencoder(checkpoint: Checkpoint, trusted: tuple[str, ...] = ()) -> AutoencoderKL:
     """The autoencoder of a checkpoint of its stage, averaged weights, with its latent statistics."""
-    autoencoder = build.build_saved(checkpoint.document("config")["autoencoder"], where="config.json: autoencoder")
+    node = checkpoint.document("config")["autoencoder"]
+    autoencoder = build.build_saved(node, where="config.json: autoencoder", trusted=trusted)
     load_weights(autoencoder, read_weights(checkpoint, "ema"), checkpoint.path)
     return autoencoder.eval().requires_grad_(False)
 

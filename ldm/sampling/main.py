@@ -32,7 +32,7 @@ LEVEL_KEYS = ("spacing", "offset", "final", "rho", "sigma_min", "sigma_max", "sh
 def sample(cfg: Mapping[str, Any], trusted: tuple[str, ...] = ()) -> None:
     """Everything that sample.py does; `cfg` is configs/sample.yaml composed."""
     device = choose_device(cfg["device"])
-    model = LatentDiffusion.load(cfg["run"], weights=cfg["weights"], device=device)
+    model = LatentDiffusion.load(cfg["run"], weights=cfg["weights"], device=device, trusted=trusted)
     prompts, columns = one_for_each(read_prompts(cfg, model.reads), read_columns(cfg, model.reads))
     node = choose_sampler(cfg["sampler"], model)
     sampling: Sampling = build(node, where="sampler", trusted=trusted)

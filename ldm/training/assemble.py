@@ -122,7 +122,7 @@ def build_module(cfg: Config, trusted: tuple[str, ...], stage: str, folder: Path
         objective = build(node["objective"], where="stage.autoencoder.objective", trusted=trusted)
         return AutoencoderModule(settings, autoencoder, objective, to_saved(cfg["model"]["autoencoder"]))
 
-    autoencoder = fixed if fixed is not None else trained_autoencoder(folder)
+    autoencoder = fixed if fixed is not None else trained_autoencoder(folder, trusted)
     scheduler = cfg["scheduler"]
     nodes = {
         "conditioner": cfg["model"]["conditioner"],
@@ -155,7 +155,7 @@ def build_module(cfg: Config, trusted: tuple[str, ...], stage: str, folder: Path
     )
 
 
-def trained_autoencoder(folder: Path) -> AutoencoderKL:
+def trained_autoencoder(folder: Path, trusted: tuple[str, ...] = ()) -> AutoencoderKL:
     """The finished autoencoder of a run."""
     if not Store(folder / "autoencoder" / "ckpt").steps():
         raise LdmError(
@@ -172,7 +172,7 @@ def trained_autoencoder(folder: Path) -> AutoencoderKL:
             where=str(folder / "autoencoder"),
             next=f"finish it: python train.py name={folder.name} stages=[autoencoder]",
         )
-    return load_autoencoder(trained)
+    return load_autoencoder(trained, trusted)
 
 
 def adopt_autoencoder(run: Run, source: Path) -> None:
