@@ -18,6 +18,7 @@ from ldm.errors import LdmError, nearest, raise_all
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 OPEN = ("columns", "data.columns", "stage.diffusion.sample_columns")  # mappings whose keys are the user's own
+TEMPLATES = ("data.caption", "data.caption_prefix", "data.caption_suffix")  # texts: braces in them are no dicts
 VERBATIM = ("prompt", "negative_prompt", "prompts_file")  # any text, never parsed
 
 _CONSTRUCTED_BY_HYDRA = ("callbacks", "launcher", "sweeper", "hydra_logging", "job_logging")
@@ -147,7 +148,7 @@ def _parse(words: Sequence[str]) -> tuple[list[tuple[str, Any]], list[LdmError]]
 
     parser = OverridesParser.create()
     parsed, problems = [], []
-    for word in words:
+    for word in map(_quoted, words):
         try:
             parsed.append((word, parser.parse_override(word)))
         except HydraException as error:
@@ -155,6 +156,16 @@ def _parse(words: Sequence[str]) -> tuple[list[tuple[str, Any]], list[LdmError]]
             hint = f"quote the value: \"{key_of(word)}='...'\"" if "=" in word else "write key=value"
             problems.append(LdmError("CONFIG", f"cannot read {word!r}", limit=reason, next=hint))
     return parsed, problems
+
+
+def _quoted(word: str) -> str:
+    """A template as Hydra's quoted string, unless the user quoted it."""
+    key, _, text = word.partition("=")
+    if key not in TEMPLATES or "{" not in text or text[0] in "'\"":
+        return word
+    inner = re.sub(r"(\\*)'", r"\1\1\\'", text)
+    ending = len(inner) - len(inner.rstrip("\\"))
+    return f"{key}='{inner}{inner[len(inner) - ending :]}'"
 
 
 def _plain(node: Any) -> Any:

@@ -42,6 +42,7 @@ class Purpose(IntEnum):
     RESERVE = 15
     NOISE_OFFSET = 16
     DATA = 17
+    CAPTION_SHUFFLE = 18
 
 
 def _mulhilo(a: int, b: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,8 +28,12 @@ class BadSamples:
     """Counts what the stream reports and stops the run when too much of it is bad.
 
     max_fraction: of bad attempts in a sliding window of max(10 000 samples, one epoch).   max_consecutive: attempts.
-    num_samples: samples of an epoch.   world_size: ranks that share the stream; each keeps a ledger of its part.
-    file: `bad_samples.jsonl` of the run, or None.   strict: the first bad sample stops the run.
+    num_samples: samples of an epoch.   rank, world_size: which of the ranks that share the stream; each keeps a ledger
+    of its part, and `merged` makes one of them.
+    file: `bad_samples.jsonl` of the run, to which every rank appends, or None.
+    strict: the first bad sample stops the run.
+
+    counts: by kind, of this rank, upon those of `before`, which all ranks had when this life of the run began.
     """
 
     def __init__(
@@ -38,6 +42,7 @@ class BadSamples:
         max_fraction: float = 0.01,
         max_consecutive: int = 1000,
         num_samples: int = 0,
+        rank: int = 0,
         world_size: int = 1,
         file: str | Path | None = None,
         strict: bool = False,
@@ -46,7 +51,10 @@ class BadSamples:
         self.max_consecutive = 0 if strict else max_consecutive
         self.window = max(_MIN_WINDOW, num_samples) // world_size
         self.file = Path(file) if file else None
+        self.rank, self.world_size = rank, world_size
         self.counts: Counter[str] = Counter()
+        self.before: Counter[str] = Counter()
+        self._of_slot: Counter[int] = Counter()
         self._recent: deque[tuple[int, Bad]] = deque()  # (samples seen when it came, report)
         self._seen = 0
         self._consecutive = 0
@@ -65,6 +73,7 @@ class BadSamples:
 
     def record(self, report: Bad) -> None:
         self.counts[report.kind] += 1
+        self._of_slot[report.slot] += 1
         self._consecutive += 1
         self._recent.append((self._seen, report))
         while self._recent[0][0] <= self._seen - self.window:
@@ -72,6 +81,10 @@ class BadSamples:
         self.write(report)
         if self._consecutive > self.max_consecutive or len(self._recent) > self.max_fraction * self.window:
             raise self._exceeded()
+
+    def taken(self, slots: Iterable[int]) -> int:
+        """How many attempts failed for these slots, each told once: unlike `counts`, no further than training is."""
+        return sum(self._of_slot.pop(int(slot), 0) for slot in slots)
 
     def write(self, report: Bad) -> None:
         """One line for the first ten of a class, each once over all lives of the run. A full disk stops nothing."""
@@ -105,10 +118,26 @@ class BadSamples:
         ahead = Counter(r.kind for _, r in self._recent) - Counter(r.kind for _, r in kept)
         return {"counts": dict(self.counts - ahead), "recent": [[s - self._seen, *r] for s, r in kept]}
 
+    def merged(self, states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """One state of those of all ranks; ages are then in samples of all."""
+        counts = Counter(self.before)
+        for state in states:
+            counts += Counter(state["counts"]) - self.before
+        recent = [[len(states) * age, *report] for state in states for age, *report in state["recent"]]
+        return {"counts": dict(counts), "recent": sorted(recent, key=lambda row: row[:2])}
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.counts = Counter(state["counts"])
-        self._recent = deque((int(age), Bad(*report)) for age, *report in state["recent"])
+        """Take up this rank's part of a merged state."""
+        self.counts, self.before = Counter(state["counts"]), Counter(state["counts"])
+        mine = state["recent"][self.rank :: self.world_size]
+        self._recent = deque((int(age) // self.world_size, Bad(*report)) for age, *report in mine)
+        self._of_slot.clear()
         self._seen = self._consecutive = 0
+
+
+def in_words(counts: Mapping[str, int]) -> str:
+    """ "10 decode, 2 caption_encoding": the most frequent kind first."""
+    return ", ".join(f"{count} {kind}" for kind, count in Counter(counts).most_common())
 
 
 def budget_error(what: str, limit: str, reasons: Counter[tuple[str, str]], file: Path | None, setting: str) -> LdmError:

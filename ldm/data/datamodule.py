@@ -13,6 +13,7 @@ from PIL import ImageColor
 from torch import Tensor
 
 from ldm.data.bad_samples import Bad, BadSamples
+from ldm.data.captions import Captions
 from ldm.data.loader import FiniteStream, Stream
 from ldm.data.order import Order, check_cut
 from ldm.data.pipeline import SIZE, PassPlan, Plan, TrainPlan, stages
@@ -30,14 +31,15 @@ Moments = tuple[Tensor, Tensor]
 class DataModule(pl.LightningDataModule):
     """Captioned pictures from shards or a folder.
 
-    path, val_path: see `ldm.data.shards.open_dataset`. Without val_path, validation uses the folder's `val-*.tar`,
-    else the share `val_fraction` of the samples by the hash of their keys; at most `max_val_samples`.
+    path, val_path, repeats: see `ldm.data.shards.open_dataset`. Without val_path, validation uses the `val-*.tar` of
+    the folders, else the share `val_fraction` of the samples by the hash of their keys; at most `max_val_samples`.
     max_train_samples: train on so many samples only, chosen by the hash of their keys; None = all.
     image_size, crop, flip_prob, upscale, background: see `ldm.data.transforms.Transform`.
     lanes, window_mb, remainder: see `ldm.data.order.Order`.
     max_bad_fraction, max_consecutive_bad, strict: the budget, see `ldm.data.bad_samples.BadSamples`.
     on_missing_caption: "skip", "empty" or "error".   on_truncated: "refuse" or "use".
-    caption_prefix, caption_suffix: text around every caption.   index_dir: where indexes are kept.
+    caption, caption_lines, caption_choice, shuffle_caption, keep_tokens, caption_separator, caption_prefix,
+        caption_suffix: see `ldm.data.captions.Captions`.   index_dir: where indexes are kept.
     columns: further conditions of a sample by name, as fields of its JSON: a dotted path such as `marks.0.shape`. A
         sample without the field is bad. `@size` stands for the picture's size and crop as SDXL is told of them.
     """
@@ -46,6 +48,7 @@ class DataModule(pl.LightningDataModule):
         self,
         path: str | Sequence[str],
         val_path: str | Sequence[str] | None = None,
+        repeats: int | Sequence[int] | None = None,
         image_size: int = 64,
         crop: str = "center",
         flip_prob: float = 0.0,
@@ -57,6 +60,12 @@ class DataModule(pl.LightningDataModule):
         max_bad_fraction: float = 0.01,
         max_consecutive_bad: int = 1000,
         strict: bool = False,
+        caption: str = "auto",
+        caption_lines: bool = False,
+        caption_choice: str = "first",
+        shuffle_caption: bool = False,
+        keep_tokens: int = 0,
+        caption_separator: str = ",",
         on_missing_caption: str = "skip",
         on_truncated: str = "refuse",
         caption_prefix: str = "",
@@ -71,7 +80,16 @@ class DataModule(pl.LightningDataModule):
         self.transform = Transform(image_size, crop, flip_prob, upscale, _colour(background))
         self.lanes, self.window_mb, self.remainder = lanes, window_mb, remainder
         self.max_bad_fraction, self.max_consecutive_bad, self.strict = max_bad_fraction, max_consecutive_bad, strict
-        self.caption_prefix, self.caption_suffix = caption_prefix, caption_suffix
+        self.captions = Captions(
+            caption,
+            caption_lines,
+            caption_choice,
+            shuffle_caption,
+            keep_tokens,
+            caption_separator,
+            caption_prefix,
+            caption_suffix,
+        )
         self.columns = _checked_columns(columns or {})
         self._opening: dict[str, Any] = {
             "path": path,
@@ -82,6 +100,8 @@ class DataModule(pl.LightningDataModule):
             "max_bad_fraction": max_bad_fraction,
             "strict": strict,
             "index_dir": index_dir,
+            "caption": caption,
+            "repeats": repeats,
             "on_missing_caption": on_missing_caption,
             "on_truncated": on_truncated,
         }
@@ -170,16 +190,18 @@ class DataModule(pl.LightningDataModule):
             lanes=self.lanes,
             window_mb=self.window_mb,
             remainder=self.remainder,
+            repeats=train.repeats,
         )
         self.ledger = BadSamples(
             max_fraction=self.max_bad_fraction,
             max_consecutive=self.max_consecutive_bad,
-            num_samples=train.num_samples,
+            num_samples=order.num_samples,
+            rank=rank,
             world_size=world_size,
             file=bad_samples_file,
             strict=self.strict,
         )
-        for problem in train.examples:
+        for problem in train.examples if rank == 0 else ():
             self.ledger.write(Bad(-1, *problem))
         self._run = {
             "order": order,
@@ -245,8 +267,7 @@ class DataModule(pl.LightningDataModule):
             transform,
             start=start,
             max_attempts=0 if self.strict else self.max_consecutive_bad,
-            prefix=self.caption_prefix,
-            suffix=self.caption_suffix,
+            captions=self.captions if plan.num_batches is None else self.captions.without_chance(),
             moments=moments,
             usable=usable,
             columns=self.columns if use_moments else None,

@@ -12,13 +12,13 @@ import json
 import math
 import re
 import struct
-from collections.abc import Mapping
-from functools import lru_cache
+from collections.abc import Callable, Mapping
+from functools import lru_cache, partial
 from io import BytesIO
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, ImageFile
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_BYTES = 64 * 2**20
@@ -27,6 +27,8 @@ MAX_SIDE = 16_384
 MAX_ASPECT = 20
 MAX_CAPTION = 8192  # characters: many times what any text encoder reads
 MAX_PROFILE = 4 * 2**20  # bytes
+MAX_JSON = 2**20  # bytes: a tree in memory is many times its text
+SAME_COLOURS = 2  # levels of 255: a profile that moves no colour further than this counts as sRGB
 
 # Everything that Pillow's readers raise on malformed input.
 _MALFORMED = (
@@ -38,6 +40,7 @@ _MALFORMED = (
     IndexError,
     ArithmeticError,
     EOFError,
+    AssertionError,
     struct.error,
 )
 _UPRIGHT = {
@@ -50,6 +53,7 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 _ORIENTATION = 0x0112
+_ToSrgb = Callable[[Image.Image], Image.Image]
 
 
 class BadSample(Exception):
@@ -66,7 +70,7 @@ def decode_image(data: bytes, *, background: tuple[int, int, int] = (255, 255, 2
     at_least: short side in pixels that the caller needs; a JPEG more than twice as large is decoded at a fraction.
     """
     image = open_image(data)
-    if at_least and image.format == "JPEG":
+    if at_least and image.format in ("JPEG", "MPO"):
         image.draft(None, (2 * at_least, 2 * at_least))
     try:
         image.load()
@@ -96,16 +100,46 @@ def open_image(data: bytes) -> Image.Image:
         raise BadSample("size_policy", f"{width}x{height}, limits {MAX_PIXELS} pixels and side {MAX_SIDE}")
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise BadSample("size_policy", f"{width}x{height}, limit of the aspect ratio {MAX_ASPECT}")
+    if image.format == "PNG":
+        _scale_transparency(image)
     return image
 
 
-def upright_size(data: bytes) -> tuple[int, int]:
-    """Width and height after the EXIF rotation, from the header alone."""
+def read_header(data: bytes) -> tuple[tuple[int, int], dict[str, str]]:
+    """Width and height after the EXIF rotation, and remarks by kind, from the header alone.
+
+    Remarks are about pictures that are used, but not wholly: `further_frames` of an animation, `unusable_profile`
+    where the colours are taken for sRGB.
+    """
     image = open_image(data)
     # A PNG may carry EXIF behind its pixels, and Pillow then decodes them: only where the chunk exists at all.
     rotated = (image.format != "PNG" or b"eXIf" in data) and _orientation(image) in (5, 6, 7, 8)
     width, height = image.size
-    return (height, width) if rotated else (width, height)
+    remarks = {}
+    if image.format != "MPO" and getattr(image, "is_animated", False):  # phones keep previews in MPO
+        remarks["further_frames"] = f"the first of {image.n_frames} frames is used"  # type: ignore[attr-defined]
+    profile = image.info.get("icc_profile")
+    if profile and _colour_transform(profile, _COLOURS.get(image.mode, "RGB")) == "unusable":
+        remarks["unusable_profile"] = f"the colour profile cannot be applied to {image.mode}; taken for sRGB"
+    return ((height, width) if rotated else (width, height)), remarks
+
+
+def upright_size(data: bytes) -> tuple[int, int]:
+    """Width and height after the EXIF rotation, from the header alone."""
+    return read_header(data)[0]
+
+
+def _scale_transparency(image: ImageFile.ImageFile) -> None:
+    """PNG names its transparent grey or colour in the file's own depth (PNG 2003, 11.3.2.1), Pillow reads it as 8 bits.
+
+    Of 16 bits a channel Pillow keeps the upper eight, so that colours which differ below them become transparent too.
+    """
+    transparent, raw_mode = image.info.get("transparency"), image.tile[0].args if image.tile else None
+    if isinstance(transparent, int) and raw_mode in ("L;2", "L;4"):
+        bits = int(raw_mode[-1])
+        image.info["transparency"] = (transparent % 2**bits) * 255 // (2**bits - 1)
+    elif isinstance(transparent, tuple) and raw_mode == "RGB;16B":
+        image.info["transparency"] = tuple(value >> 8 for value in transparent)
 
 
 def _orientation(image: Image.Image) -> int:
@@ -116,43 +150,71 @@ def _orientation(image: Image.Image) -> int:
 
 
 def to_rgb(image: Image.Image, background: tuple[int, int, int] = (255, 255, 255)) -> Image.Image:
-    """Any mode that a picture can have, as RGB: 16 bits scaled, colours in sRGB, transparency on `background`."""
+    """Any mode that a picture can have, as RGB: 16 bits scaled, colours in sRGB, transparency on `background`.
+
+    Colours whose profile is invalid or does not fit the mode count as sRGB. Transparency is mixed in sRGB's values, as
+    browsers do: alpha * colour + (1 - alpha) * background, rounded.
+    """
+    colours, alpha = _split(image)
     profile = image.info.get("icc_profile")
+    transform = _colour_transform(profile, colours.mode) if profile else "same"
+    if not isinstance(transform, str):
+        colours = transform(colours)
+    colours = colours.convert("RGB")
+    return colours if alpha is None else Image.composite(colours, Image.new("RGB", colours.size, background), alpha)
+
+
+# Modes whose colours are not RGB; those of a picture with a palette or of one bit are.
+_COLOURS = {"L": "L", "LA": "L", "La": "L", "I;16": "L", "I;16B": "L", "I;16L": "L", "CMYK": "CMYK"}
+
+
+def _split(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
+    """Colours of 8 bits, in L, RGB or CMYK, and alpha in L, or None where nothing is transparent."""
+    transparent = image.info.get("transparency")
     if image.mode.startswith("I;16"):
         wide = np.asarray(image).astype(np.uint32)
-        image = Image.fromarray(((wide + 128) // 257).astype(np.uint8))
-    elif image.mode in ("I", "F"):
+        grey = Image.fromarray(((wide + 128) // 257).astype(np.uint8))
+        clear = None if transparent is None else Image.fromarray(np.where(wide == transparent, 0, 255).astype(np.uint8))
+        return grey, clear
+    if image.mode in ("I", "F"):
         raise BadSample("unsupported_mode", f"mode {image.mode}: the range of its values is not known")
-    elif image.mode == "La":  # premultiplied
-        image = image.convert("LA")
-    if image.has_transparency_data or image.mode in ("LA", "PA", "RGBa"):
-        image = _to_srgb(image.convert("RGBA"), profile)
-        ground = Image.new("RGBA", image.size, (*background, 255))
-        return Image.alpha_composite(ground, image).convert("RGB")
-    if image.mode in ("1", "P"):
-        image = image.convert("RGB")
-    return _to_srgb(image, profile).convert("RGB")
-
-
-def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
-    """Colours in sRGB where the embedded profile is valid and fits the mode; otherwise they count as sRGB already."""
-    if not profile or len(profile) > MAX_PROFILE:
-        return image
-    transform = _colour_transform(profile, image.mode)
-    return transform.apply(image) if transform else image
+    if image.mode == "P" and image.palette is None:
+        raise BadSample("decode", "a picture of a palette without the palette")
+    mode = _COLOURS.get(image.mode, "RGB")
+    if image.has_transparency_data:
+        image = image.convert("LA" if mode == "L" else "RGBA")
+        return image.convert(mode), image.getchannel("A")
+    return image if image.mode == mode else image.convert(mode), None
 
 
 @lru_cache(maxsize=16)
-def _colour_transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
-    target = "RGBA" if mode == "RGBA" else "RGB"
+def _colour_transform(profile: bytes, mode: str) -> _ToSrgb | Literal["same", "unusable"]:
+    """From `mode` with its profile to sRGB, by perceptual intent; "same" where that would change nothing visible."""
+    if len(profile) > MAX_PROFILE:
+        return "unusable"
     try:
         source = ImageCms.ImageCmsProfile(BytesIO(profile))
-        if "srgb" in ImageCms.getProfileDescription(source).lower():
-            return None
         srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
-        return ImageCms.ImageCmsTransform(source, srgb, mode, target)
+        # of one channel the engine's own tables are coarse, up to ten levels off in the dark
+        flags = ImageCms.Flags.NOOPTIMIZE if mode == "L" else ImageCms.Flags.NONE
+        transform = ImageCms.ImageCmsTransform(source, srgb, mode, "RGB", flags=flags)
     except (ImageCms.PyCMSError, *_MALFORMED):
-        return None
+        return "unusable"
+    if mode == "L":  # exact and therefore slow: once for each of the 256 greys
+        return partial(_look_up, transform.apply(Image.frombytes("L", (256, 1), bytes(range(256)))).tobytes())
+    if mode == "RGB":  # measured, for what a profile calls itself proves nothing: "linear sRGB" is far from sRGB
+        steps = np.arange(0, 256, 15, dtype=np.uint8)
+        probe = np.stack(np.meshgrid(steps, steps, steps), axis=-1).reshape(1, -1, 3)
+        moved = np.asarray(transform.apply(Image.fromarray(probe))).astype(int) - probe
+        if np.abs(moved).max() <= SAME_COLOURS:
+            return "same"
+    return transform.apply
+
+
+def _look_up(table: bytes, grey: Image.Image) -> Image.Image:
+    indexed = grey.copy()
+    indexed.putpalette(table)
+    return indexed.convert("RGB")
 
 
 def decode_caption(data: bytes) -> str:
@@ -160,7 +222,9 @@ def decode_caption(data: bytes) -> str:
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise BadSample("caption_encoding", f"byte 0x{data[error.start]:02x} at {error.start} is not UTF-8") from error
+        where = f"byte 0x{data[error.start]:02x} at {error.start} is not UTF-8"
+        likely = "UTF-16" if data.startswith((b"\xff\xfe", b"\xfe\xff")) else "CP1252"
+        raise BadSample("caption_encoding", f"{where}; convert with: iconv -f {likely} -t UTF-8") from error
     text = re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", " ", text[: 4 * MAX_CAPTION])
     return " ".join(text.split())[:MAX_CAPTION].rstrip()
 
@@ -174,6 +238,8 @@ def decode_columns(data: bytes | None, fields: Mapping[str, str]) -> dict[str, s
         return {}
     if data is None:
         raise BadSample("column_missing", "the sample has no .json")
+    if len(data) > MAX_JSON:
+        raise BadSample("column_missing", f"the .json has {len(data)} bytes, limit {MAX_JSON}")
     try:
         tree = json.loads(data)
     except (ValueError, RecursionError) as error:

@@ -18,21 +18,24 @@ import zlib
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ldm.data import paths, tar
-from ldm.data.decode import MAX_BYTES, BadSample, decode_caption, upright_size
+from ldm.data import metadata, paths, tar
+from ldm.data.captions import captions_in, fields_of
+from ldm.data.decode import MAX_BYTES, MAX_CAPTION, BadSample, decode_caption, read_header
 
 PICTURES = ("jpg", "png", "webp")  # of two pictures under one key the first in this order is taken
 FIELDS = ("image", "txt", "json")
 _SUFFIXES = {**{s: s for s in PICTURES}, "jpeg": "jpg", "txt": "txt", "caption": "txt", "json": "json"}
-_VERSION = 1
+_VERSION = 2
 _SHOWN = 10  # examples kept per kind of problem
+_MAX_FIELDS = 1000  # names of JSON fields that are counted
+RECORDS = 1 << 60  # an offset from here on counts bytes of `Index.records`
 
 BAD_KINDS = (
     "decode",
@@ -59,13 +62,19 @@ class Problem(NamedTuple):
 class Index:
     """What one pass over a shard found.
 
-    members: [N, 3, 3] int64, for image, txt and json: offset (in a folder: number in `files`), size, crc32; -1 = none.
-    sizes: [N, 2], upright width and height.   damage: how a truncated tar ends.   unusable: why nothing was read.
+    members: [N, 3, 3] int64, for image, txt and json: offset (in a folder: number in `files`; or see RECORDS), size,
+        crc32; -1 = none.   records: JSON that a folder's metadata tables and folder names gave.
+    sizes: [N, 2], upright width and height.   json_captions: [N] bool, whether the JSON has a caption.
+    fields: how many samples have each name at the top of their JSON.
+    damage: how a truncated tar ends.   unusable: why nothing was read.
     """
 
     keys: list[str] = field(default_factory=list)
     members: NDArray[np.int64] = field(default_factory=lambda: np.empty((0, 3, 3), np.int64))
     sizes: NDArray[np.int64] = field(default_factory=lambda: np.empty((0, 2), np.int64))
+    json_captions: NDArray[np.bool_] = field(default_factory=lambda: np.empty(0, np.bool_))
+    records: bytes = b""
+    fields: Counter[str] = field(default_factory=Counter)
     files: list[str] = field(default_factory=list)
     sha256: str = ""
     signature: str = ""
@@ -78,6 +87,13 @@ class Index:
         self.problems[kind] += 1
         if self.problems[kind] <= _SHOWN:
             self.examples.append(Problem(kind, shard, key, reason))
+
+    def take(self, rows: NDArray[np.intp]) -> Index:
+        """The samples `rows` of the same shard, without the problems."""
+        keys = [self.keys[i] for i in rows]
+        return replace(
+            self, keys=keys, members=self.members[rows], sizes=self.sizes[rows], json_captions=self.json_captions[rows]
+        )
 
 
 def index_all(shards: list[Path], index_dir: Path | None) -> list[Index]:
@@ -202,7 +218,13 @@ def _index_folder(folder: Path) -> Index:
     """A folder of pictures as one shard, its samples in an order given by the hash of their keys."""
     index = Index(files=list(paths.files_below(folder)))
     groups: dict[str, _Group] = {}
+    tables = metadata.rows_below(
+        folder, index.files, lambda table, reason: index.report("metadata", folder.name, table, reason)
+    )
+    records = bytearray()
     for number, name in enumerate(index.files):
+        if name.rpartition("/")[2] in metadata.TABLES:
+            continue
         key, suffix = _split_name(name)
         if suffix is None:
             index.report("unknown_suffix", folder.name, name, "not a jpg, png, webp, txt or json")
@@ -215,17 +237,45 @@ def _index_folder(folder: Path) -> Index:
     for key in [k for k, g in groups.items() if not _picture(g)]:  # a lone text file is not a sample
         index.report("unknown_suffix", folder.name, key, "no picture of this name")
         del groups[key]
-    contents = hashlib.sha256()
+    contents = hashlib.sha256(json.dumps(tables, sort_keys=True).encode() if tables else b"")
 
     def read(number: int, size: int) -> bytes:
+        if number >= RECORDS:
+            return bytes(records[number - RECORDS :][:size])
         data = (folder / index.files[number]).read_bytes()
         contents.update(f"{index.files[number]}\0{len(data)}\0".encode("utf-8", "surrogateescape") + data)
         return data
 
+    for key, group in groups.items():
+        picture = group.parts[_picture(group) or ""][0]
+        record = _record(key, group, tables.get(index.files[picture], {}), read)
+        if record:
+            group.parts["json"] = (RECORDS + len(records), len(record))
+            records += record
     ordered = sorted(groups.items(), key=lambda item: hashlib.sha256(item[0].encode("utf-8", "replace")).digest())
     _describe_samples(index, dict(ordered), read, folder.name)
-    index.sha256 = contents.hexdigest()
+    index.sha256, index.records = contents.hexdigest(), bytes(records)
     return index
+
+
+def _record(key: str, group: _Group, row: metadata.Row, read: Callable[[int, int], bytes]) -> bytes:
+    """What a sample's JSON holds: its own .json, the row of the table and its class, the first of these first.
+
+    A picture without any text in one of kohya's folders, `10_fox`, has the folder's name for its caption, as there.
+    Empty where there is nothing but a .json, or one that cannot be read: it then stays the sample's JSON as it is.
+    """
+    name, repeats = metadata.class_of(key), metadata.repeated(key.rpartition("/")[0].rpartition("/")[2])
+    added = ({"class": name} if name else {}) | row
+    number, size = group.parts.get("json", (-1, 0))
+    if not added or size > MAX_BYTES:
+        return b""
+    own = fields_of(read(number, size)) if size else {}
+    if size and not own:
+        return b""
+    tree = added | own
+    if repeats and "txt" not in group.parts and not captions_in(tree):
+        tree["caption"] = name
+    return json.dumps(tree).encode()
 
 
 def _split_name(name: str) -> tuple[str, str | None]:
@@ -243,27 +293,31 @@ def _picture(group: _Group) -> str | None:
 
 def _describe_samples(index: Index, groups: dict[str, _Group], read: Callable[[int, int], bytes], shard: str) -> None:
     """Read every member of every key once; keep what makes a sample, report what does not."""
-    members, sizes = [], []
+    members, sizes, json_captions = [], [], []
     for key, group in groups.items():
         try:
-            row, size = _describe_sample(key, group, groups, read)
+            row, size, tree, remarks = _describe_sample(key, group, groups, read)
         except BadSample as bad:
             index.report(bad.kind, shard, key, bad.reason)
             continue
         if sum(suffix in group.parts for suffix in PICTURES) > 1:
             index.report("second_image", shard, key, "several pictures; taken in the order " + ", ".join(PICTURES))
-        if row[1][0] < 0:
-            index.report("caption_missing", shard, key, "no .txt, or only blanks in it")
+        for kind, reason in remarks.items():
+            index.report(kind, shard, key, reason)
         index.keys.append(key)
         members.append(row)
         sizes.append(size)
+        json_captions.append(bool(captions_in(tree)))
+        room = len(index.fields) < _MAX_FIELDS
+        index.fields.update(name for name in tree if name in index.fields or (room and len(name) < 100))
     index.members = np.array(members, dtype=np.int64).reshape(-1, 3, 3)
     index.sizes = np.array(sizes, dtype=np.int64).reshape(-1, 2)
+    index.json_captions = np.array(json_captions, dtype=np.bool_)
 
 
 def _describe_sample(
     key: str, group: _Group, groups: dict[str, _Group], read: Callable[[int, int], bytes]
-) -> tuple[list[tuple[int, int, int]], tuple[int, int]]:
+) -> tuple[list[tuple[int, int, int]], tuple[int, int], dict[str, Any], dict[str, str]]:
     if group.refused:
         raise group.refused
     suffix = _picture(group)
@@ -274,6 +328,8 @@ def _describe_sample(
     if "." in base and "txt" not in group.parts and parent in groups:
         raise BadSample("unknown_suffix", f"a further picture of {parent}")
     row, size = [], (0, 0)
+    tree: dict[str, Any] = {}
+    remarks: dict[str, str] = {}
     for name in (suffix, "txt", "json"):
         if name not in group.parts:
             row.append((-1, 0, 0))
@@ -283,10 +339,14 @@ def _describe_sample(
             raise BadSample("size_policy", f"{name} of {count} bytes, limit {MAX_BYTES}")
         data = read(offset, count)
         if name == suffix:
-            size = upright_size(data)
-        empty = name == "txt" and not decode_caption(data)
-        row.append((-1, 0, 0) if empty else (offset, len(data), zlib.crc32(data)))
-    return row, size
+            size, remarks = read_header(data)
+        if name == "json":
+            tree = fields_of(data)
+        text = decode_caption(data) if name == "txt" else None
+        if text and len(text) == MAX_CAPTION:
+            remarks["long_caption"] = f"the first {MAX_CAPTION} characters are used"
+        row.append((-1, 0, 0) if text == "" else (offset, len(data), zlib.crc32(data)))
+    return row, size, tree, remarks
 
 
 # ---- saved indexes ---------------------------------------------------------------------------------------------
@@ -313,13 +373,20 @@ def _save(index: Index, shard: Path, index_dir: Path | None) -> None:
         "problems": index.problems,
         "examples": index.examples,
         "damage": index.damage,
+        "fields": index.fields,
     }
-    text = np.frombuffer(json.dumps(header).encode(), dtype=np.uint8)
+    arrays = {
+        "header": np.frombuffer(json.dumps(header).encode(), dtype=np.uint8),
+        "records": np.frombuffer(index.records, dtype=np.uint8),
+        "members": index.members,
+        "sizes": index.sizes,
+        "json_captions": index.json_captions,
+    }
     for path in _index_files(shard, index_dir):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
-                np.savez(file, header=text, members=index.members, sizes=index.sizes, allow_pickle=False)
+                np.savez(file, allow_pickle=False, **arrays)  # type: ignore[arg-type]
             os.replace(file.name, path)
             return
         except OSError:  # read-only or full: the next place; without any, the index is built again next time
@@ -335,6 +402,9 @@ def _load(shard: Path, index_dir: Path | None, signature: str) -> Index | None:
                     keys=header["keys"],
                     members=saved["members"],
                     sizes=saved["sizes"],
+                    json_captions=saved["json_captions"],
+                    records=saved["records"].tobytes(),
+                    fields=Counter(header["fields"]),
                     files=header["files"],
                     sha256=header["sha256"],
                     signature=header["signature"],
@@ -345,7 +415,9 @@ def _load(shard: Path, index_dir: Path | None, signature: str) -> Index | None:
                 version = header["version"]
         except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
             continue
-        fits = index.members.shape == (len(index.keys), 3, 3) and index.sizes.shape == (len(index.keys), 2)
+        count = len(index.keys)
+        fits = index.members.shape == (count, 3, 3) and index.sizes.shape == (count, 2)
+        fits = fits and index.json_captions.shape == (count,)
         bounded = bool((index.members[:, :, 1] <= MAX_BYTES).all())
         if version == _VERSION and index.signature == signature and fits and bounded:
             return index

@@ -3,6 +3,9 @@
 Each epoch permutes the shards, lays their samples on a line and cuts the line into L lanes; a lane is shuffled in
 windows of bounded bytes; a step takes B / L consecutive samples from every lane, laid out lane by lane. Nothing here
 knows about ranks or workers, so every world size that divides the batch sees the same batches.
+
+A sample that an epoch uses r times is r entries of the line: pass k over a shard holds its samples of more than k uses
+and is permuted like a shard of its own, so that the copies lie apart.
 """
 
 from __future__ import annotations
@@ -49,6 +52,7 @@ class Order:
     """Sample ids by step.
 
     shard_lengths: valid samples per shard, in id order.   sizes: bytes of each sample, which bound the windows.
+    repeats: [N], how often an epoch uses each sample, 1 or more; None = once.
     lanes: L, must divide batch_size; None takes `lanes_default`.   window_mb: bytes that are shuffled together.
     remainder: "carry" lets a step straddle two epochs, so that every sample is used once per epoch; "drop" starts
     every epoch at a step and leaves the last incomplete step unused.
@@ -64,12 +68,16 @@ class Order:
         lanes: int | None = None,
         window_mb: float = 256,
         remainder: str = "carry",
+        repeats: Sequence[int] | Ids | None = None,
     ) -> None:
         self.seed, self.batch_size, self.remainder = int(seed), batch_size, remainder
         self.window_bytes = max(1, int(window_mb * 2**20))
-        self._starts = np.concatenate([[0], np.cumsum(np.asarray(shard_lengths, dtype=np.int64))])
-        self._bytes = np.concatenate([[0], np.cumsum(np.asarray(sizes, dtype=np.int64))])
-        self.num_samples = int(self._starts[-1])
+        shards, weights = (np.asarray(x, dtype=np.int64) for x in (shard_lengths, sizes))
+        self._repeats = np.ones_like(weights) if repeats is None else np.asarray(repeats, dtype=np.int64)
+        self._ids, lengths, self._first_of_pass = _passes(shards, weights, self._repeats)
+        self._starts = np.concatenate([[0], np.cumsum(lengths)])
+        self._bytes = np.concatenate([[0], np.cumsum(weights[self._ids])])
+        self.num_samples = len(self._ids)  # of an epoch, each as often as it is used
         self.lanes = lanes_default(batch_size, self.num_samples) if lanes is None else lanes
         self._check()
         self.lane_lengths = np.diff(self._cut())
@@ -78,8 +86,6 @@ class Order:
     def _check(self) -> None:
         if self.num_samples < 1:
             raise LdmError("DATA", "there is no sample to order", where="data.path")
-        if self.num_samples != len(self._bytes) - 1:
-            raise ValueError(f"{len(self._bytes) - 1} sizes for {self.num_samples} samples")
         if self.lanes < 1 or self.batch_size % self.lanes or self.lanes > self.num_samples:
             upper = min(self.batch_size, self.num_samples)
             valid = [n for n in range(1, upper + 1) if self.batch_size % n == 0]
@@ -125,8 +131,14 @@ class Order:
 
     def ids(self, step: int) -> Ids:
         """[B] sample ids of the step, by slot: slot step * B + lane * (B / L) + i."""
-        per_lane = self.batch_size // self.lanes
-        return np.concatenate([self._take(lane, step, per_lane) for lane in range(self.lanes)])
+        return self._ids[self._entries(step)[0]]
+
+    def turns(self, step: int) -> Ids:
+        """[B] by slot, how often the slot's sample was used before: uses of earlier epochs, and passes of this one."""
+        entries, epochs = self._entries(step)
+        ids = self._ids[entries]
+        earlier = np.searchsorted(self._first_of_pass, entries, side="right") - 1
+        return epochs * self._repeats[ids] + earlier
 
     def reserve(self, slot: int, attempt: int) -> int:
         """A candidate to replace a bad sample at `slot`, from the same lane and epoch."""
@@ -134,7 +146,14 @@ class Order:
         lane, i = divmod(within, self.batch_size // self.lanes)
         epochs, _ = self._positions(lane, step, self.batch_size // self.lanes)
         draw = int(raw_bits(1, self.seed, "reserve", slot, attempt)[0])
-        return int(self._resolve(int(epochs[i]), lane, np.array([draw % int(self.lane_lengths[lane])]))[0])
+        entry = self._resolve(int(epochs[i]), lane, np.array([draw % int(self.lane_lengths[lane])]))
+        return int(self._ids[entry][0])
+
+    def _entries(self, step: int) -> tuple[Ids, Ids]:
+        """[B] entries and their epochs, by slot."""
+        per_lane = self.batch_size // self.lanes
+        found = [self._take(lane, step, per_lane) for lane in range(self.lanes)]
+        return np.concatenate([e for e, _ in found]), np.concatenate([e for _, e in found])
 
     def _positions(self, lane: int, step: int, per_lane: int) -> tuple[Ids, Ids]:
         """Epoch and position within it, for the step's samples of a lane."""
@@ -145,12 +164,13 @@ class Order:
         epochs, positions = np.divmod(step * per_lane + within, self.lane_lengths[lane])
         return epochs, positions
 
-    def _take(self, lane: int, step: int, per_lane: int) -> Ids:
+    def _take(self, lane: int, step: int, per_lane: int) -> tuple[Ids, Ids]:
         epochs, positions = self._positions(lane, step, per_lane)
-        return np.concatenate([self._resolve(int(e), lane, positions[epochs == e]) for e in np.unique(epochs)])
+        runs = [self._resolve(int(e), lane, positions[epochs == e]) for e in np.unique(epochs)]
+        return np.concatenate(runs), epochs
 
     def _resolve(self, epoch: int, lane: int, positions: Ids) -> Ids:
-        """Sample ids at positions of a lane: window by window through its permutation, then to shard and member."""
+        """Entries at positions of a lane: window by window through its permutation, then to shard and member."""
         edges = self._edges(epoch, lane)
         windows = np.searchsorted(edges, positions, side="right") - 1
         shuffled = np.empty_like(positions)
@@ -202,6 +222,22 @@ class Order:
         start, end = self._starts[line.shards[shard]], self._starts[line.shards[shard] + 1]
         offsets = self._bytes[start : end + 1] - self._bytes[start]
         return int(line.samples_before[shard] + np.searchsorted(offsets, byte - line.bytes_before[shard]))
+
+
+def _passes(shard_lengths: Ids, sizes: Ids, repeats: Ids) -> tuple[Ids, Ids, Ids]:
+    """Sample ids pass by pass; how many of them each shard has in each pass, the later ones without empty shards; and
+    the first entry of each pass.
+    """
+    if not shard_lengths.sum() == len(sizes) == len(repeats) or (repeats < 1).any():
+        raise ValueError(f"{len(sizes)} sizes, {len(repeats)} repeats for {shard_lengths.sum()} samples")
+    shard_of = np.repeat(np.arange(len(shard_lengths)), shard_lengths)
+    ids = [np.arange(len(sizes), dtype=np.int64)]
+    lengths = [shard_lengths]
+    while len(left := ids[-1][repeats[ids[-1]] > len(ids)]):
+        ids.append(left)
+        lengths.append(np.unique(shard_of[left], return_counts=True)[1].astype(np.int64))
+    counts = [0, *(len(part) for part in ids[:-1])]
+    return np.concatenate(ids), np.concatenate(lengths), np.cumsum(counts, dtype=np.int64)
 
 
 def cut(ids: Ids, rank: int, world_size: int, accumulate: int, micro: int) -> Ids:

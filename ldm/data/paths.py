@@ -22,11 +22,23 @@ def expand(path: str | Sequence[str], *, split: str | None = None, where: str = 
     A name that exists is taken literally, whatever characters it has; only then `{000..004}`, `{a,b}`, `*`, `?` and
     `[...]` are expanded. Names that a brace expansion lists stay in the list when they are missing, to be reported.
     """
-    items = [path] if isinstance(path, str | os.PathLike) else list(path)
-    if not items or not all(str(item).strip() for item in items):
+    return list(sets_of(path, split=split, where=where))
+
+
+def sets_of(path: str | Sequence[str], *, split: str | None = None, where: str = "data.path") -> dict[Path, int]:
+    """The shards of `expand`, each with the number of the item of `path` that names it first."""
+    items = items_of(path)
+    if not items or not all(item.strip() for item in items):
         raise LdmError("DATA", "the path is empty", where=where, next=f"set {where} to a folder of shards or pictures")
-    found = [shard for item in items for shard in _expand_one(str(item), split, where)]
-    return list(dict.fromkeys(found))
+    found: dict[Path, int] = {}
+    for number, item in enumerate(items):
+        for shard in _expand_one(item, split, where):
+            found.setdefault(shard, number)
+    return found
+
+
+def items_of(path: str | Sequence[str]) -> list[str]:
+    return [str(path)] if isinstance(path, str | os.PathLike) else [str(item) for item in path]
 
 
 def files_below(folder: Path) -> Iterator[str]:
@@ -44,11 +56,15 @@ def _expand_one(item: str, split: str | None, where: str) -> list[Path]:
     if path.is_dir():
         return _expand_folder(path, split)
     if path.exists():
+        if split == "val":  # a set without a split of its own
+            return []
         if path.suffix.lower() != ".tar":
             raise LdmError("DATA", f"{item} is not a folder and not a .tar file", where=where)
         return [path]
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", item) or "::" in item:
         raise LdmError("DATA", f"{item!r} is not a local path", where=where, next="copy the shards to a local folder")
+    if split == "val":
+        return []
     names = _expand_braces(str(path), where)
     found = [Path(match) for name in names for match in (sorted(glob.glob(name)) if glob.has_magic(name) else [name])]
     if not found or (len(names) == 1 and not found[0].exists()):
@@ -91,6 +107,6 @@ def _missing(path: Path, where: str) -> LdmError:
 
 
 def has_val_shards(path: str | Sequence[str]) -> bool:
-    """Whether `path` is a folder that holds shards named `val-*.tar`."""
-    folder = Path(path).expanduser() if isinstance(path, str | os.PathLike) else None
-    return folder is not None and folder.is_dir() and any(p.name.startswith("val-") for p in folder.glob("*.tar"))
+    """Whether a folder of `path` holds shards named `val-*.tar`."""
+    folders = (Path(item).expanduser() for item in items_of(path))
+    return any(p.name.startswith("val-") for folder in folders if folder.is_dir() for p in folder.glob("*.tar"))

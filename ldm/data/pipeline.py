@@ -23,12 +23,13 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from ldm.data.bad_samples import Bad
-from ldm.data.captions import with_affixes
-from ldm.data.decode import BadSample, decode_caption, decode_columns, decode_image
+from ldm.data.captions import Captions
+from ldm.data.decode import BadSample, decode_columns, decode_image
 from ldm.data.order import Ids, Order, cut
 from ldm.data.shards import Dataset
 from ldm.data.transforms import Transform, to_images
 from ldm.errors import LdmError
+from ldm.random import Purpose, fold
 from ldm.types import Batch, Check
 
 SIZE = "@size"  # no field of the JSON: measured from the picture and its crop
@@ -48,6 +49,10 @@ class Plan(Protocol):
     def ids(self, j: int) -> Ids: ...
 
     def valid(self, j: int) -> NDArray[np.bool_]: ...
+
+    def turns(self, j: int) -> Ids:
+        """How often each slot's sample was used before."""
+        ...
 
     def reserve(self, slot: int, attempt: int) -> int | None:
         """Another sample for the slot, or None where samples are not replaced."""
@@ -75,6 +80,10 @@ class TrainPlan:
 
     def valid(self, j: int) -> NDArray[np.bool_]:
         return np.ones(len(self.slots(j)), dtype=bool)
+
+    def turns(self, j: int) -> Ids:
+        step, micro = divmod(j, self.accumulate)
+        return cut(self.order.turns(step), self.rank, self.world_size, self.accumulate, micro)
 
     def reserve(self, slot: int, attempt: int) -> int:
         return self.order.reserve(slot, attempt)
@@ -112,6 +121,9 @@ class PassPlan:
     def valid(self, j: int) -> NDArray[np.bool_]:
         return self.slots(j) < self.num_samples
 
+    def turns(self, j: int) -> Ids:
+        return np.zeros(len(self.slots(j)), dtype=np.int64)
+
     def reserve(self, slot: int, attempt: int) -> None:
         return None
 
@@ -125,6 +137,7 @@ class Source:
     transform: Transform
     fields: tuple[str, ...] = ("image", "txt")
     start: int = 0
+    captions: Captions = field(default_factory=Captions)
 
     def __call__(self) -> Iterator[Raw]:
         worker = get_worker_info()
@@ -132,10 +145,22 @@ class Source:
         end = self.plan.num_batches
         for j in count(self.start + first, stride) if end is None else range(self.start + first, end, stride):
             slots, ids, valid = self.plan.slots(j), self.plan.ids(j), self.plan.valid(j)
-            draws = self.transform.draws(torch.from_numpy(slots))
+            draws, texts = self.transform.draws(torch.from_numpy(slots)), self.text_draws(j, slots)
             for row in range(len(slots)):
                 place = {"__slot__": int(slots[row]), "__draw__": draws[row], "__rows__": len(slots)}
+                place |= {"__text__": texts[row].tolist()}
                 yield {**self.read(int(ids[row]), skip=not valid[row]), **place}
+
+    def text_draws(self, j: int, slots: Ids) -> Ids:
+        """[B, 2]: which caption, and a number that stands for the order of its tags."""
+        found = np.zeros((len(slots), 2), dtype=np.int64)
+        if self.captions.caption_choice == "random":
+            found[:, 0] = fold(self.transform.key, Purpose.CAPTION_CHOICE, torch.from_numpy(slots)).numpy()
+        elif self.captions.caption_choice == "cycle":
+            found[:, 0] = self.plan.turns(j)
+        if self.captions.shuffle_caption:
+            found[:, 1] = fold(self.transform.key, Purpose.CAPTION_SHUFFLE, torch.from_numpy(slots)).numpy()
+        return found
 
     def read(self, sample_id: int, *, skip: bool = False) -> Raw:
         """Key and bytes of a sample; a failure to read travels as `__bad__`, so that the slot is not lost."""
@@ -182,8 +207,6 @@ class Decode:
 
     source: Source
     max_attempts: int = 1000
-    prefix: str = ""
-    suffix: str = ""
     usable: Tensor | None = None
     columns: Mapping[str, str] = field(default_factory=dict)
     checks: Mapping[str, Sequence[Check]] = field(default_factory=dict)
@@ -220,8 +243,9 @@ class Decode:
             pixels = transform(image, place["__draw__"])
         elif not self.usable[candidate["__id__"]]:
             raise BadSample("decode", "the picture could not be encoded")
-        text = decode_caption(candidate["txt"]) if "txt" in candidate else ""
-        caption = with_affixes(text, self.prefix, self.suffix)
+        caption = self.source.captions(
+            candidate["__key__"], candidate.get("txt"), candidate.get("json"), *place["__text__"]
+        )
         columns = self.values(candidate, place)
         slot, rows = place["__slot__"], place["__rows__"]
         return Example(slot, candidate["__id__"], candidate["__key__"], pixels, caption, True, rows, bad, columns)
@@ -280,8 +304,7 @@ def stages(
     *,
     start: int = 0,
     max_attempts: int = 1000,
-    prefix: str = "",
-    suffix: str = "",
+    captions: Captions | None = None,
     moments: Tensor | None = None,
     usable: Tensor | None = None,
     columns: Mapping[str, str] | None = None,
@@ -289,7 +312,8 @@ def stages(
 ) -> Any:
     """The pipeline: an iterable of (Batch, reports) for a loader with `batch_size=None`.
 
-    start: first micro-batch.   moments, usable: [N, 2C, h, w] and [N] bool; then no pictures are read.
+    start: first micro-batch.   captions: which text a sample gets; None = the default's.
+    moments, usable: [N, 2C, h, w] and [N] bool; then no pictures are read.
     columns, checks: see `Decode`.
     """
     import webdataset
@@ -297,9 +321,9 @@ def stages(
     webdataset.utils.enforce_security = True
     if moments is not None and usable is None:
         usable = torch.ones(len(moments), dtype=torch.bool)
-    columns = dict(columns or {})
-    of_json = any(path != SIZE for path in columns.values())
-    fields = ("image",) * (moments is None) + ("txt",) + ("json",) * of_json
-    source = Source(dataset, plan, transform, fields, start)
-    decode = Decode(source, max_attempts, prefix, suffix, usable, columns, checks or {})
+    columns, captions = dict(columns or {}), captions or Captions()
+    of_json = any(path != SIZE for path in columns.values()) or dataset.json_for(captions)
+    fields = ("image",) * (moments is None) + ("txt",) * ("txt" in captions.members) + ("json",) * of_json
+    source = Source(dataset, plan, transform, fields, start, captions)
+    decode = Decode(source, max_attempts, usable, columns, checks or {})
     return webdataset.DataPipeline(source, decode, Batches(moments, tuple(columns)))

@@ -4,23 +4,35 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from ldm.data import paths
 from ldm.data.bad_samples import budget_error
+from ldm.data.captions import Captions
 from ldm.data.index import BAD_KINDS
 from ldm.data.shards import Dataset, open_dataset
 from ldm.errors import LdmError
 
 
 def check_data(node: Mapping[str, Any]) -> None:
-    """Opens what a `data` node names, so that its errors come before anything heavy is imported."""
-    if node.get("_target_") == "ldm.data.datamodule.DataModule":
-        open_splits(**{key: node[key] for key in inspect.signature(open_splits).parameters if key in node})
+    """Opens what a `data` node names, so that its errors come before anything heavy is imported.
+
+    What was inferred is said on standard error.
+    """
+    if node.get("_target_") != "ldm.data.datamodule.DataModule":
+        return
+
+    def called(function: Callable[..., Any]) -> Any:
+        return function(**{key: node[key] for key in inspect.signature(function).parameters if key in node})
+
+    called(Captions)
+    for remark in dict.fromkeys(remark for found in called(open_splits) if found for remark in found.remarks):
+        print(f"data: {remark}", file=sys.stderr)
 
 
 def open_splits(
@@ -33,6 +45,8 @@ def open_splits(
     max_bad_fraction: float = 0.01,
     strict: bool = False,
     index_dir: str | None = None,
+    caption: str = "auto",
+    repeats: int | Sequence[int] | None = None,
     on_missing_caption: str = "skip",
     on_truncated: str = "refuse",
 ) -> tuple[Dataset, Dataset | None]:
@@ -48,6 +62,8 @@ def open_splits(
             source,
             split=split,
             index_dir=index_dir,
+            caption=caption,
+            repeats=repeats if split == "train" else 1,
             on_missing_caption=on_missing_caption,
             on_truncated=on_truncated,
             where=where,

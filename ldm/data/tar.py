@@ -12,6 +12,7 @@ from typing import BinaryIO
 BLOCK = 512
 MAX_HEADER = 2**20  # bytes of one pax or GNU long-name record
 MAX_MEMBERS = 4_000_000
+MAX_DIGITS = 20  # of a member's size; int() refuses thousands with an error of its own
 _ZERO = bytes(BLOCK)
 _REGULAR = b"0\0" + b"7"
 
@@ -66,7 +67,10 @@ def members(file: BinaryIO, size: int) -> Iterator[Member]:
             elif kind == b"x":
                 fields = _pax(record, position)
                 name, sparse = fields.get("path", name), any(key.startswith("GNU.sparse") for key in fields)
-                long_size = int(fields["size"]) if fields.get("size", "").isdecimal() else long_size
+                if (digits := fields.get("size", "")).isdecimal():
+                    if len(digits) > MAX_DIGITS:
+                        raise Damage(position, "invalid extended header")
+                    long_size = int(digits)
         else:
             count += 1
             if count > MAX_MEMBERS:

@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from itertools import chain
 from pathlib import Path
@@ -120,10 +120,11 @@ def _configuration(argv: Sequence[str]) -> Iterator[Finding]:
         yield from (("FAIL", "configuration", line) for line in error.line().splitlines())
         return
     yield "ok", "configuration", f"composes; run folder {cfg.get('output_dir')}/{cfg.get('name')}"
-    yield _dataset((cfg.get("data") or {}).get("path"))
+    yield _dataset(cfg.get("data") or {})
 
 
-def _dataset(path: Any) -> Finding:
+def _dataset(node: Mapping[str, Any]) -> Finding:
+    path = node.get("path")
     if path is None:
         return "warn", "data", "data.path is not set"
     if "toy_logos" in str(path) and not Path(path).exists():
@@ -131,7 +132,7 @@ def _dataset(path: Any) -> Finding:
     from ldm.data.shards import open_dataset
 
     try:
-        dataset = open_dataset(path)
+        dataset = open_dataset(path, **{k: node[k] for k in ("caption", "on_missing_caption", "repeats") if k in node})
     except LdmError as error:
         return "FAIL", "data", error.line()
     problems = ", ".join(f"{count} {kind}" for kind, count in dataset.problems.items())

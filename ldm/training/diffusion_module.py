@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ldm.diffusion.objective import Objective, denoising_error
 from ldm.diffusion.schedule import for_size
 from ldm.model import LatentDiffusion
+from ldm.models.conditioner.compose import parts_of
 from ldm.precompute.moments import encode_dataset
 from ldm.random import Draws, Purpose
 from ldm.training.stage_module import StageModule, StageSettings
@@ -102,6 +103,10 @@ class DiffusionModule(StageModule):
                 self.model.denoiser, x0, noise, level, cond
             )
         return {"loss": torch.stack(list(terms.values())).mean(0), **terms}
+
+    def captions_cut(self) -> int:
+        parts = parts_of(self.model.conditioner)
+        return max((part.tokenizer.truncated for part in parts if hasattr(part, "tokenizer")), default=0)
 
     def document(self) -> dict[str, Any]:
         return self.saved_config

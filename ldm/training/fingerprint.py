@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 from ldm.checkpoints.drift import compare, notes
 from ldm.checkpoints.store import Checkpoint
+from ldm.data.captions import Captions
 from ldm.data.datamodule import DataModule
 from ldm.training.diffusion_module import DiffusionModule
 from ldm.training.place import Config, Place
@@ -21,6 +23,9 @@ def settings_of(cfg: Config, stage: str) -> dict[str, Any]:
     flat: dict[str, Any] = {"seed": cfg["seed"]}
     for key in ("image_size", "crop", "flip_prob", "upscale", "background", "caption_prefix", "caption_suffix"):
         flat[f"data.{key}"] = cfg["data"].get(key)
+    for key, default in {"repeats": None, **asdict(Captions())}.items():
+        if cfg["data"].get(key, default) != default:  # left out by default: runs from before these settings go on
+            flat[f"data.{key}"] = cfg["data"][key]
     for key in ("max_steps", "batch_size", "grad_clip", "optimizer", "lr_schedule", "ema"):
         _flatten(flat, f"stage.{stage}.{key}", node[key])
     if stage == "autoencoder":

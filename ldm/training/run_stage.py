@@ -6,6 +6,7 @@ import json
 import logging
 import signal
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ from ldm.build import build
 from ldm.checkpoints.files import truncate_jsonl
 from ldm.checkpoints.run import StagePaths, redact
 from ldm.checkpoints.store import Store
+from ldm.data.bad_samples import in_words
 from ldm.data.datamodule import DataModule
+from ldm.data.index import BAD_KINDS
 from ldm.model import load_pretrained
 from ldm.training.assemble import build_module
 from ldm.training.callbacks.checkpointing import Checkpointing
@@ -66,7 +69,7 @@ def run_stage(cfg: Config, trusted: tuple[str, ...], stage: str, folder: Path, p
         num_workers=cfg["loader"]["num_workers"],
         timeout_s=cfg["loader"]["timeout_s"],
         pin_memory=cfg["trainer"]["accelerator"] in ("gpu", "cuda"),
-        bad_samples_file=paths.bad_samples if place.rank == 0 else None,
+        bad_samples_file=paths.bad_samples,
     )
     module = build_module(cfg, trusted, stage, folder, precision)
     fingerprint = fingerprint_of(cfg, stage, data, module)
@@ -121,6 +124,8 @@ def run_stage(cfg: Config, trusted: tuple[str, ...], stage: str, folder: Path, p
         stop.restore()
         if monitor is not None:
             monitor.close(timeout_s=30.0 if stop.received is None else 5.0)
+    if place.rank == 0:
+        _summarise(stage, data, checkpointing.bad_samples["counts"], recorder.captions_cut, paths)
     if stop.received is not None:
         raise Stopped(stop.received, module.step.train_step)
 
@@ -189,6 +194,17 @@ def _announce(stage: str, module: StageModule, node: Config, place: Place, micro
         f"({place.world_size} x {micro_batch} x {node['accumulate']}), precision {module.settings.precision}",
         flush=True,
     )
+
+
+def _summarise(stage: str, data: DataModule, met: Mapping[str, int], cut: int, paths: StagePaths) -> None:
+    """One line about the data where anything was wrong with them; silence where all was well."""
+    left_out = {kind: count for kind, count in data.problems.items() if kind in BAD_KINDS}
+    facts = [f"{sum(left_out.values())} left out by the index ({in_words(left_out)})"] if left_out else []
+    facts += [f"{sum(met.values())} met in training and replaced ({in_words(met)})"] if met else []
+    said = [f"bad samples: {', '.join(facts)}; named in {paths.bad_samples}"] if facts else []
+    said += [f"{cut} captions were longer than the text encoder reads and were cut"] if cut else []
+    if said:
+        print(f"{stage}: {'; '.join(said)}", flush=True)
 
 
 def _monitor(cfg: Config, stage: str, folder: Path) -> Monitor | None:

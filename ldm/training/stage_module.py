@@ -54,6 +54,7 @@ class StageModule(pl.LightningModule):
         self.logs: dict[str, float] = {}
         self.save_due = self.stop_due = False
         self.not_finite: list[dict[str, Any]] = []
+        self._tallies = [0, 0]
         self._micro_logs: list[Mapping[str, Tensor]] = []
         self._suspects: list[tuple[Batch, Tensor]] = []
         self._resume: Checkpoint | None = None
@@ -79,6 +80,10 @@ class StageModule(pl.LightningModule):
     def describe(self) -> dict[str, Any]:
         """What state.json holds beside the counters."""
         return {}
+
+    def captions_cut(self) -> int:
+        """How many captions were longer than the model reads, so far in this process."""
+        return 0
 
     def finish(self) -> None:
         """The work between the last step and the final checkpoint."""
@@ -132,11 +137,21 @@ class StageModule(pl.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         slots = batch.slots.to(self.device, non_blocking=True)
+        cut = self.captions_cut()
         terms = self.loss(batch, Draws(self.key, slots, host=batch.slots))
+        self._tallies[0] += self.trainer.datamodule.ledger.taken(batch.slots.tolist())  # type: ignore[attr-defined]
+        self._tallies[1] += self.captions_cut() - cut
         self._micro_logs.append({k: v.detach().float().mean() for k, v in terms.items()})
         self._suspects.append((batch, terms["loss"].detach()))
-        self.outcome = self.step(terms["loss"].mean(), self.manual_backward, save_due=self.save_due, stop=self.stop_due)
+        self.outcome = self.step(
+            terms["loss"].mean(),
+            self.manual_backward,
+            save_due=self.save_due,
+            stop=self.stop_due,
+            tallies=self._tallies,
+        )
         if self.outcome is not None:
+            self._tallies = [0, 0]
             names = self._micro_logs[0]
             self.logs = {k: float(torch.stack([m[k] for m in self._micro_logs]).mean()) for k in names}
             self.logs["loss"] = self.outcome.loss  # of all ranks
@@ -152,11 +167,7 @@ class StageModule(pl.LightningModule):
             for batch, losses in self._suspects
             for key, slot, value in zip(batch.keys, batch.slots.tolist(), losses.tolist(), strict=True)
         ]
-        if not dist.is_available() or not dist.is_initialized():
-            return mine
-        everybody: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everybody, mine)
-        return [row for rows in everybody for row in rows]
+        return [row for rows in gathered(mine) for row in rows]
 
     # the state
 
@@ -181,3 +192,12 @@ class StageModule(pl.LightningModule):
         if self.step.ema is not None:
             groups["ema"] = dict(self.step.ema.averages)
         return groups
+
+
+def gathered(value: Any) -> list[Any]:
+    """What every rank has, in the order of the ranks; every rank takes part."""
+    if not dist.is_available() or not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values

@@ -6,7 +6,7 @@ all-reduce, clip, step or skip, learning rate, EMA, counters.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -66,6 +66,8 @@ class Outcome:
     applied: bool
     save_due: bool
     stop: bool
+    tallies: tuple[float, ...] = ()
+    """What was counted in this step, summed over the ranks."""
     failure: LdmError | None = None
     """Why training must end: too many steps were not finite."""
 
@@ -113,11 +115,18 @@ class OptimizerStep:
         return self.micro == self.accumulate - 1
 
     def __call__(
-        self, loss: Tensor, backward: Callable[[Tensor], Any], *, save_due: bool = False, stop: bool = False
+        self,
+        loss: Tensor,
+        backward: Callable[[Tensor], Any],
+        *,
+        save_due: bool = False,
+        stop: bool = False,
+        tallies: Sequence[float] = (),
     ) -> Outcome | None:
         """Feed one micro-batch's mean loss; an `Outcome` when that completed a step, else None.
 
         save_due, stop: this rank's wishes; any rank's wish becomes everybody's.
+        tallies: numbers of this rank's step, for the monitor; those given with the last micro-batch are summed.
         """
         scaled = loss / self.accumulate
         backward(scaled * self.scaler.scale if self.scaler else scaled)
@@ -126,14 +135,14 @@ class OptimizerStep:
         if self.micro < self.accumulate:
             return None
         self.micro = 0
-        return self._finish(save_due, stop)
+        return self._finish(save_due, stop, tallies)
 
-    def _finish(self, save_due: bool, stop: bool) -> Outcome:
+    def _finish(self, save_due: bool, stop: bool, tallies: Sequence[float]) -> Outcome:
         grads = [p.grad for p in self.parameters.values() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(grads)
         if self.scaler:
             norm = norm / self.scaler.scale
-        loss, norm_value, finite, save_due, stop = self._agree(norm, save_due, stop)
+        (loss, *sums), norm_value, finite, save_due, stop = self._agree(norm, save_due, stop, tallies)
         lr = self._set_lr()
         if finite:
             # one factor undoes the loss scale and clips
@@ -150,22 +159,24 @@ class OptimizerStep:
         self._loss = torch.zeros(())
         self.counters.train_step += 1
         failure = self._account(finite)
-        return Outcome(loss, norm_value, lr, finite, save_due, stop, failure)
+        return Outcome(loss, norm_value, lr, finite, save_due, stop, tuple(sums), failure)
 
-    def _agree(self, norm: Tensor, save_due: bool, stop: bool) -> tuple[float, float, bool, bool, bool]:
+    def _agree(
+        self, norm: Tensor, save_due: bool, stop: bool, tallies: Sequence[float]
+    ) -> tuple[list[float], float, bool, bool, bool]:
         """The control all-reduce: one small tensor, so that every rank takes the same decisions."""
         finite = torch.isfinite(norm) & torch.isfinite(self._loss)
         control = torch.stack(
             [(~finite).float(), norm.new_tensor(float(save_due)), norm.new_tensor(float(stop)), norm.float()]
         )
-        loss = self._loss
+        sums, world_size = torch.stack([self._loss, *self._loss.new_tensor(tallies)]), 1
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            world_size = dist.get_world_size()
             dist.all_reduce(control, op=dist.ReduceOp.MAX)
-            dist.all_reduce(loss, op=dist.ReduceOp.AVG if loss.is_cuda else dist.ReduceOp.SUM)
-            if not loss.is_cuda:
-                loss = loss / dist.get_world_size()
+            dist.all_reduce(sums)
         bad, due, halt, norm_value = control.tolist()
-        return float(loss), norm_value, bad == 0.0, due > 0, halt > 0
+        loss, *totals = sums.tolist()
+        return [loss / world_size, *totals], norm_value, bad == 0.0, due > 0, halt > 0
 
     def _set_lr(self) -> float:
         factor = self.lr_schedule(self.counters.updates)

@@ -1,7 +1,9 @@
 """Small datasets for the tests: pictures, tar shards, folders."""
 
 import io
+import struct
 import tarfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -51,3 +53,44 @@ def write_shards(folder: Path, lengths: list[int], prefix: str = "train") -> Pat
         write_tar(folder / f"{prefix}-{shard:06d}.tar", [m for n in range(first, first + length) for m in sample(n)])
         first += length
     return folder
+
+
+def png(size: tuple[int, int], depth: int, colour: int, rows: list[bytes], **chunks: bytes) -> bytes:
+    """A PNG by hand, for what Pillow does not write. colour: the type of IHDR.   chunks: by name, before the pixels."""
+    header = struct.pack(">IIBBBBB", *size, depth, colour, 0, 0, 0)
+    pixels = zlib.compress(b"".join(b"\0" + row for row in rows))
+    parts = [(b"IHDR", header), *((name.encode(), data) for name, data in chunks.items())]
+    parts += [(b"IDAT", pixels), (b"IEND", b"")]
+    body = (
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in parts
+    )
+    return b"\x89PNG\r\n\x1a\n" + b"".join(body)
+
+
+def profile(name: str, *, grey: bool = False) -> bytes:
+    """An ICC profile (version 2.4) with sRGB's primaries, adapted to D50, and linear values."""
+
+    def fixed(*values: float) -> bytes:
+        return b"".join(struct.pack(">i", round(65536 * value)) for value in values)
+
+    def point(*values: float) -> bytes:
+        return b"XYZ \0\0\0\0" + fixed(*values)
+
+    white, linear = (0.9642, 1.0, 0.8249), b"curv\0\0\0\0" + struct.pack(">I", 0)
+    described = b"desc\0\0\0\0" + struct.pack(">I", len(name) + 1) + name.encode() + bytes(79)
+    tags = {b"desc": described, b"wtpt": point(*white)}
+    if grey:
+        tags[b"kTRC"] = linear
+    else:
+        primaries = ((0.43607, 0.22250, 0.01393), (0.38506, 0.71688, 0.09710), (0.14308, 0.06062, 0.71417))
+        for channel, primary in zip("rgb", primaries, strict=True):
+            tags |= {f"{channel}XYZ".encode(): point(*primary), f"{channel}TRC".encode(): linear}
+    table, body, start = struct.pack(">I", len(tags)), b"", 132 + 12 * len(tags)
+    for tag, data in tags.items():
+        table += tag + struct.pack(">II", start + len(body), len(data))
+        body += data + bytes(-len(data) % 4)
+    header = struct.pack(
+        ">I4sI4s4s4s", start + len(body), b"", 0x02400000, b"mntr", b"GRAY" if grey else b"RGB ", b"XYZ "
+    )
+    header += struct.pack(">6H4s", 2020, 1, 1, 0, 0, 0, b"acsp") + bytes(28) + fixed(*white) + bytes(48)
+    return header + table + body

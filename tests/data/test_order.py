@@ -127,3 +127,74 @@ def test_no_sample_is_refused_with_words():
 def test_neighbours_differ():
     o = order([50, 50], batch_size=10)
     assert all(a.tolist() != b.tolist() for a, b in pairwise(o.ids(s) for s in range(20)))
+
+
+# ---- repeats
+
+REPEATS = [1, 2, 3, 6] * 6  # of 24 samples: 72 uses an epoch
+
+
+@pytest.mark.parametrize("lanes", [1, 2, 8])
+@pytest.mark.parametrize("lengths", [[24], [11, 13], [5, 0, 19], [1, 2, 3, 4, 14], [4, 4, 4, 4, 5, 2, 1]], ids=len)
+@pytest.mark.parametrize("window_mb", [256, 0.0005])
+def test_every_sample_as_often_as_it_repeats_in_every_epoch(lengths, lanes, window_mb):
+    o = order(lengths, lanes=lanes, window_mb=window_mb, repeats=REPEATS)
+    assert o.num_samples == 72 and o.steps_per_epoch == 9
+    epochs = [np.concatenate([o.ids(9 * epoch + s) for s in range(9)]) for epoch in range(3)]
+    for ids in epochs:
+        assert np.bincount(ids, minlength=24).tolist() == REPEATS
+    assert epochs[0].tolist() != epochs[1].tolist() != epochs[2].tolist()
+
+
+def test_the_coverage_test_notices_a_sample_used_once_too_often():
+    o = order([24], lanes=1, repeats=[2, *REPEATS[1:]])
+    ids = np.concatenate([o.ids(s) for s in range(9)])
+    assert np.bincount(ids, minlength=24).tolist() != REPEATS
+
+
+@pytest.mark.parametrize("lanes", [1, 2, 8])
+def test_turns_count_the_uses_of_each_sample(lanes):
+    o = order([11, 13], lanes=lanes, repeats=REPEATS)
+    turns = {n: [] for n in range(24)}
+    for step in range(27):
+        for sample_id, turn in zip(o.ids(step).tolist(), o.turns(step).tolist(), strict=True):
+            turns[sample_id].append(turn)
+    for sample_id, seen in turns.items():
+        assert sorted(seen) == list(range(3 * REPEATS[sample_id]))  # three epochs
+
+
+def test_repeats_of_one_change_nothing():
+    plain, ones = order(SHARDS[5], seed=7), order(SHARDS[5], seed=7, repeats=[1] * 23)
+    assert ones.ids(5).tolist() == plain.ids(5).tolist() == FROZEN_IDS
+    assert set(plain.turns(0).tolist()) == {0}
+
+
+def test_copies_lie_apart():
+    """Uses of a sample are spread over the epoch, though windows are small: each pass is permuted as a shard."""
+    o = order([40] * 5, batch_size=1, window_mb=0.001, repeats=[4] * 200)
+    stream = lane_stream(o, 0, 800)
+    nearest = min(int(np.diff(np.flatnonzero(stream == n)).min()) for n in range(200))
+    together = order([160] * 5, batch_size=1, window_mb=0.001)  # the control: copies laid beside each other
+    beside = lane_stream(together, 0, 800) // 4
+    assert nearest > 10 >= min(int(np.diff(np.flatnonzero(beside == n)).min()) for n in range(200))
+
+
+def test_reserves_of_repeated_samples_are_samples():
+    o = order([11, 13], lanes=2, repeats=REPEATS)
+    assert {o.reserve(slot, 0) for slot in range(300)} == set(range(24))
+
+
+def test_wrong_repeats():
+    for repeats in ([1] * 22, [0] + [1] * 22):
+        with pytest.raises(ValueError, match="repeats"):
+            order(SHARDS[5], repeats=repeats)
+
+
+def test_a_large_order_with_repeats_is_cheap():
+    """A million samples, ten times each for a tenth of them: a first step anywhere, in bounded memory."""
+    sizes, repeats = np.full(1_000_000, 50_000), np.where(np.arange(1_000_000) % 10 == 0, 10, 1)
+    o = Order([10_000] * 100, sizes, seed=0, batch_size=256, repeats=repeats)
+    assert o.num_samples == 1_900_000
+    assert len(set(o.ids(900_000 // 256).tolist())) > 200
+    held = sum(x.nbytes for x in (o._ids, o._bytes, o._repeats, o._starts))
+    assert held < 50e6

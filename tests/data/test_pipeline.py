@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from ldm.data.bad_samples import Bad, BadSamples
+from ldm.data.captions import Captions
 from ldm.data.loader import Stream, check_slots
 from ldm.data.order import Order
 from ldm.data.pipeline import Batches, Decode, PassPlan, Source, TrainPlan, stages
@@ -295,7 +296,8 @@ def test_moments_have_the_order_of_the_pictures(data):
 def test_affixes_and_missing_captions(tmp_path):
     members = [("a.png", picture()), *sample(1)]
     data = open_dataset(str(write_tar(tmp_path / "a.tar", members)), on_missing_caption="empty")
-    stream = Stream(stages(data, PassPlan(2, 2), TRANSFORM.without_chance(), prefix="logo of ", suffix=", flat"))
+    captions = Captions(caption_prefix="logo of ", caption_suffix=", flat")
+    stream = Stream(stages(data, PassPlan(2, 2), TRANSFORM.without_chance(), captions=captions))
     assert next(iter(stream)).captions == ["logo of , flat", "logo of caption 1, flat"]
 
 

@@ -364,7 +364,7 @@ def test_a_folder_of_pictures(tmp_path):
 def test_a_folder_without_captions_says_what_to_do(tmp_path):
     (tmp_path / "a.png").write_bytes(picture())
     line = refusal(tmp_path)
-    assert "x.txt" in line and "data.on_missing_caption=empty" in line and "1 caption_missing" in line
+    assert "a.txt" in line and "data.on_missing_caption=empty" in line and "1 caption_missing" in line
 
 
 def test_take(tmp_path):

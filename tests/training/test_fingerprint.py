@@ -1,8 +1,11 @@
 """What makes a resumed run another run, and what does not."""
 
+from dataclasses import asdict
+
 import pytest
 
 from ldm.cli import compose
+from ldm.data.captions import Captions
 from ldm.training.fingerprint import settings_of
 
 
@@ -26,3 +29,15 @@ def test_the_files_that_a_frozen_tower_started_from_may_move():
         return settings_of(compose("train", words), "diffusion")
 
     assert settings("here.safetensors") == settings("there.safetensors")
+
+
+def test_every_setting_of_the_text_and_of_repeats_counts():
+    cfg = compose("train", ["experiment=demo"])
+    before = settings_of(cfg, "diffusion")
+    others = ["a {title}", True, "random", True, 2, ";", "a ", " b"]
+    changed = dict(zip(asdict(Captions()), others, strict=True)) | {"repeats": 3}
+    for key, value in changed.items():
+        now = settings_of({**cfg, "data": {**cfg["data"], key: value}}, "diffusion")
+        assert {k for k in now if now[k] != before.get(k)} == {f"data.{key}"}
+    older = {k: v for k, v in cfg["data"].items() if k not in changed or "fix" in k}  # before these settings existed
+    assert settings_of({**cfg, "data": older}, "diffusion") == before

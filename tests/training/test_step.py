@@ -48,6 +48,16 @@ def test_accumulation_equals_the_whole_batch():
     torch.testing.assert_close(whole.weight, parts.weight, rtol=1e-12, atol=0)
 
 
+def test_tallies_are_those_of_the_last_micro_batch():
+    model, step = make(accumulate=2)
+    x = data()
+    assert step(model(x[:2]).square().mean(), backward, tallies=[3, 0]) is None
+    outcome = step(model(x[2:]).square().mean(), backward, tallies=[5, 2])
+    assert outcome.tallies == (5.0, 2.0)
+    reference, single = make()
+    assert abs(outcome.loss - single(reference(x).square().mean(), backward).loss) < 1e-12  # not mixed with the loss
+
+
 def test_clipping_scales_the_gradient_to_the_norm():
     model, step = make(grad_clip=0.01, lr=1.0)
     before = model.weight.detach().clone(), model.bias.detach().clone()

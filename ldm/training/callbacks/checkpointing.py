@@ -13,7 +13,7 @@ import torch
 from ldm import __version__
 from ldm.checkpoints.store import SaveFailed, Store
 from ldm.training.callbacks.validation import Validation
-from ldm.training.stage_module import StageModule
+from ldm.training.stage_module import StageModule, gathered
 
 log = logging.getLogger(__name__)
 VERSIONS = {"ldm": __version__, "torch": str(torch.__version__), "python": platform.python_version()}
@@ -24,6 +24,8 @@ class Checkpointing(pl.Callback):
 
     fingerprint: the settings that a resume must find unchanged.   environment: those that may differ, but are said.
     max_failed_saves: consecutive failures of the disk that training survives.
+
+    Leaves `bad_samples`, the ledgers of all ranks as one, as of the last save.
     """
 
     def __init__(
@@ -40,6 +42,7 @@ class Checkpointing(pl.Callback):
         self.store, self.validation = store, validation
         self.save_every, self.every_minutes, self.max_failed_saves = save_every, every_minutes, max_failed_saves
         self.fingerprint, self.environment = fingerprint, environment
+        self.bad_samples: dict[str, Any] = {"counts": {}, "recent": []}
         self._failed = 0
         self._last = time.monotonic()
 
@@ -62,9 +65,11 @@ class Checkpointing(pl.Callback):
 
     def save(self, trainer: pl.Trainer, module: StageModule, *, finished: bool) -> None:
         failure: SaveFailed | None = None
+        ledger = trainer.datamodule.ledger  # type: ignore[attr-defined]
+        self.bad_samples = ledger.merged(gathered(ledger.state_dict(module.step.samples_seen)))
         if trainer.is_global_zero:
             try:
-                self._commit(trainer, module, finished)
+                self._commit(module, finished)
             except SaveFailed as error:
                 failure = error
         failure = trainer.strategy.broadcast(failure)  # also the barrier: nobody leaves before the commit
@@ -76,7 +81,7 @@ class Checkpointing(pl.Callback):
             if finished or stopping or self._failed > self.max_failed_saves:
                 raise failure
 
-    def _commit(self, trainer: pl.Trainer, module: StageModule, finished: bool) -> None:
+    def _commit(self, module: StageModule, finished: bool) -> None:
         results = self.validation.results
         self.store.save(
             module.step.train_step,
@@ -86,7 +91,7 @@ class Checkpointing(pl.Callback):
                 "state": {
                     **module.step.state(),
                     **module.describe(),
-                    "bad_samples": trainer.datamodule.ledger.state_dict(module.step.samples_seen),  # type: ignore[attr-defined]
+                    "bad_samples": self.bad_samples,
                     "finished": finished,
                     "fingerprint": self.fingerprint,
                     "environment": self.environment,

@@ -47,7 +47,7 @@ class ProgressBar(pl.Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, module: StageModule, *_: object) -> None:  # type: ignore[override]
         if module.outcome is None or not trainer.is_global_zero:
             return
-        facts = self._facts(sum(trainer.datamodule.ledger.counts.values()))  # type: ignore[attr-defined]
+        facts = self._facts()
         if self._bar is not None:
             self._bar.update(self._task, completed=module.step.train_step, facts=facts)
         step, now = module.step.train_step, time.monotonic()
@@ -76,8 +76,8 @@ class ProgressBar(pl.Callback):
         else:
             print(line, flush=True)
 
-    def _facts(self, bad: int) -> str:
-        record = self.recorder.record
+    def _facts(self) -> str:
+        record, counted = self.recorder.record, self.recorder
         for key in ("train/loss", "perf/images_per_second", "perf/data_wait"):
             old = self._smooth.get(key, record[key])
             self._smooth[key] = record[key] if old != old else 0.95 * old + 0.05 * record[key]
@@ -85,5 +85,6 @@ class ProgressBar(pl.Callback):
         return (
             f"loss {s['train/loss']:.4f}  {s['perf/images_per_second']:.0f} images/s  "
             f"data wait {s['perf/data_wait']:.0%}  memory {record['perf/memory_gb']:.1f} GB"
-            + (f"  bad samples {bad}" if bad else "")
+            + (f"  bad samples {counted.bad_samples}" if counted.bad_samples else "")
+            + (f"  captions cut {counted.captions_cut}" if counted.captions_cut else "")
         )

@@ -21,7 +21,8 @@ class Recorder(pl.Callback):
     """Collects a step's numbers in `record`, writes them to the stage's logs on rank 0 and hands them to the monitor.
 
     images_per_second counts the time between the ends of two steps, validation and pictures excluded; data_wait is the
-    share of it spent waiting for the loader.
+    share of it spent waiting for the loader. bad_samples are those since the stage began, captions_cut those of the
+    step that were longer than the text encoder reads, both of all ranks.
     """
 
     def __init__(
@@ -29,10 +30,12 @@ class Recorder(pl.Callback):
     ) -> None:
         self.paths, self.validation, self.samples, self.monitor = paths, validation, samples, monitor
         self.record: dict[str, float] = {}
+        self.bad_samples = self.captions_cut = 0  # since the stage began, and since this process did
         self._waited = self._worked = 0.0
         self._mark = time.monotonic()
 
     def on_train_start(self, trainer: pl.Trainer, module: StageModule) -> None:  # type: ignore[override]
+        self.bad_samples = sum(trainer.datamodule.ledger.before.values())  # type: ignore[attr-defined]
         self._mark = time.monotonic()
 
     def on_train_batch_start(self, trainer: pl.Trainer, module: StageModule, *_: object) -> None:  # type: ignore[override]
@@ -50,6 +53,8 @@ class Recorder(pl.Callback):
         outcome = module.outcome
         if outcome is not None:
             total = self._waited + self._worked
+            bad, cut = (int(n) for n in outcome.tallies)
+            self.bad_samples, self.captions_cut = self.bad_samples + bad, self.captions_cut + cut
             self.record = {
                 "train/step": module.step.train_step,
                 "train/samples": module.step.samples_seen,
@@ -57,6 +62,8 @@ class Recorder(pl.Callback):
                 "train/grad_norm": outcome.grad_norm,
                 "train/lr": outcome.lr,
                 "train/applied": int(outcome.applied),
+                "data/bad_samples": self.bad_samples,
+                "data/captions_cut": cut,
                 "perf/images_per_second": module.settings.batch_size / max(total, 1e-9),
                 "perf/data_wait": self._waited / max(total, 1e-9),
                 "perf/memory_gb": memory_gb(module.device),

@@ -1,0 +1,124 @@
+"""What a folder says about its pictures beside their sidecars: metadata tables, classes, repeats.
+
+`metadata.jsonl` and `metadata.csv` are those of the imagefolder convention: a row per picture, named by `file_name`
+relative to the table.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import posixpath
+import re
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from ldm.data.captions import TEXT_FIELDS
+
+TABLES = ("metadata.jsonl", "metadata.csv")  # of two in one folder the first is taken
+_MAX_LINE = 2**20
+_REPEATED = re.compile(r"([1-9]\d{0,4})_(.+)", re.DOTALL)
+
+Row = dict[str, Any]
+Remark = Callable[[str, str], None]
+"""Called with the table's name and what is wrong."""
+
+
+def class_of(key: str) -> str | None:
+    """The class of a picture: the folder that it lies in, of `10_fox` the `fox`. None at the top."""
+    folder = key.rpartition("/")[0].rpartition("/")[2]
+    return (repeated(folder) or (1, folder))[1] or None
+
+
+def repeated(folder: str) -> tuple[int, str] | None:
+    """kohya's folders: `10_fox` is (10, "fox"), each picture ten times an epoch. A number with leading zeros counts
+    folders, not repeats."""
+    match = _REPEATED.fullmatch(folder)
+    return (int(match[1]), match[2]) if match else None
+
+
+def rows_below(folder: Path, files: Iterable[str], remark: Remark) -> dict[str, Row]:
+    """Fields by picture, named as in `files`. Several rows of one picture give its captions as a list."""
+    known = set(files)
+    found: dict[str, Row] = {}
+    taken: set[str] = set()
+    for table in sorted((f for f in known if f.rpartition("/")[2] in TABLES), key=lambda f: not f.endswith(".jsonl")):
+        place = table.rpartition("/")[0]
+        if place in taken:
+            remark(table, "a metadata.jsonl lies beside it and is taken")
+            continue
+        taken.add(place)
+        for number, row in read_table(folder / table, lambda reason, table=table: remark(table, reason)):  # type: ignore[misc]
+            name = row.pop("file_name", None)
+            if not isinstance(name, str) or not name:
+                remark(table, f"line {number} has no file_name; it has: {', '.join(map(str, row))[:100]}")
+                continue
+            picture = posixpath.normpath(posixpath.join(place, name.replace("\\", "/")))
+            if picture not in known:  # also all that leads out of the folder
+                remark(table, f"line {number}: there is no {name[:100]!r} here")
+            elif picture in found:
+                _join_captions(found[picture], row)
+            else:
+                found[picture] = row
+    return found
+
+
+def read_table(path: Path, remark: Callable[[str], None]) -> Iterator[tuple[int, Row]]:
+    """(line, fields) of each row of a .jsonl or .csv. What cannot be read is remarked and left out.
+
+    Numbers of a .csv are numbers where every value of the column is one; its empty cells are absent.
+    """
+    return _jsonl_rows(path, remark) if path.suffix.lower() == ".jsonl" else _csv_rows(path, remark)
+
+
+def _join_captions(row: Row, other: Row) -> None:
+    for name in TEXT_FIELDS:
+        if name in row and name in other:
+            first, second = (r[name] if isinstance(r[name], list) else [r[name]] for r in (row, other))
+            row[name] = first + second
+
+
+def _jsonl_rows(path: Path, remark: Callable[[str], None]) -> Iterator[tuple[int, Row]]:
+    with open(path, "rb") as file:
+        for number, line in enumerate(iter(lambda: file.readline(_MAX_LINE), b""), 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line.decode("utf-8-sig"))
+            except (ValueError, RecursionError) as error:
+                remark(f"line {number} cannot be read: {error}"[:200])
+                continue
+            if isinstance(row, dict):
+                yield number, row
+            else:
+                remark(f"line {number} is not an object")
+
+
+def _csv_rows(path: Path, remark: Callable[[str], None]) -> Iterator[tuple[int, Row]]:
+    rows: list[tuple[int, Row]] = []
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file)
+        try:
+            for row in reader:
+                rows.append((reader.line_num, {k: v for k, v in row.items() if k and isinstance(v, str) and v}))
+        except (csv.Error, ValueError) as error:  # a cell above 128 KiB; bytes that are not UTF-8
+            remark(f"nothing is read after line {reader.line_num}: {error}"[:200])
+        names = [name for name in reader.fieldnames or () if name]
+    for name in names:
+        values = [row[name] for _, row in rows if name in row]
+        kind = None if name in (*TEXT_FIELDS, "file_name") else _number_type(values)
+        for _, row in rows:
+            if kind and name in row:
+                row[name] = kind(row[name])
+    yield from rows
+
+
+def _number_type(values: list[str]) -> type[int] | type[float] | None:
+    try:
+        if all(re.fullmatch(r"[+-]?\d{1,18}", value) for value in values):
+            return int
+        return float if all(math.isfinite(float(value)) for value in values) else None
+    except ValueError:
+        return None
