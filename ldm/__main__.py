@@ -17,6 +17,20 @@ def doctor(argv: Sequence[str]) -> int:
     return main(argv)
 
 
+def prepare(argv: Sequence[str]) -> int:
+    """FOLDER OUT: a folder of pictures or a table becomes shards; duplicates are found and never split."""
+    from ldm.tools.prepare import main
+
+    return main(argv)
+
+
+def inspect(argv: Sequence[str]) -> int:
+    """PATH: what a data set holds, what is wrong with it, and which key mends it."""
+    from ldm.tools.inspect import main
+
+    return main(argv)
+
+
 def import_(argv: Sequence[str]) -> int:
     """PATH OUT: Stable Diffusion, a folder of diffusers or a single file, becomes a run."""
     from ldm.tools.import_model import main
@@ -31,7 +45,13 @@ def export(argv: Sequence[str]) -> int:
     return main(argv)
 
 
-VERBS: dict[str, Callable[[Sequence[str]], int]] = {"doctor": doctor, "import": import_, "export": export}
+VERBS: dict[str, Callable[[Sequence[str]], int]] = {
+    "doctor": doctor,
+    "prepare": prepare,
+    "inspect": inspect,
+    "import": import_,
+    "export": export,
+}
 
 
 def usage() -> str:
