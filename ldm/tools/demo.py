@@ -43,7 +43,7 @@ STATIONS = (
     ),
     Station(
         "train the denoiser: from noise to the latents that a caption asks for",
-        "8 minutes",
+        "10 minutes",
         ("train.py", "experiment=demo", "stages=[diffusion]"),
     ),
     Station(
