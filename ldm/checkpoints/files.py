@@ -111,14 +111,18 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def is_alive(pid: int) -> bool:
-    """Whether a process of this machine has that id."""
+    """Whether a process of this machine has that id and runs; one that ended and waits for its parent does not."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except PermissionError:  # another user's process
         return True
-    return True
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (OSError, IndexError):  # no Linux, or it ended just now
+        return True
+    return state != "Z"
 
 
 def append_jsonl(path: Path, record: dict[str, Any]) -> bool:

@@ -19,6 +19,8 @@ from ldm.data.captions import TEXT_FIELDS
 
 TABLES = ("metadata.jsonl", "metadata.csv")  # of two in one folder the first is taken
 _MAX_LINE = 2**20
+_WHOLE = re.compile(r"[+-]?(0|[1-9]\d{0,17})")
+_DECIMAL = re.compile(r"[+-]?((0|[1-9]\d{0,17})(\.\d*)?|\.\d+)([eE][+-]?\d{1,3})?")
 _REPEATED = re.compile(r"([1-9]\d{0,4})_(.+)", re.DOTALL)
 
 Row = dict[str, Any]
@@ -44,7 +46,9 @@ def rows_below(folder: Path, files: Iterable[str], remark: Remark) -> dict[str, 
     known = set(files)
     found: dict[str, Row] = {}
     taken: set[str] = set()
-    for table in sorted((f for f in known if f.rpartition("/")[2] in TABLES), key=lambda f: not f.endswith(".jsonl")):
+    for table in sorted(
+        (f for f in known if f.rpartition("/")[2] in TABLES), key=lambda f: (not f.endswith(".jsonl"), f)
+    ):
         place = table.rpartition("/")[0]
         if place in taken:
             remark(table, "a metadata.jsonl lies beside it and is taken")
@@ -75,9 +79,9 @@ def read_table(path: Path, remark: Callable[[str], None]) -> Iterator[tuple[int,
 
 def _join_captions(row: Row, other: Row) -> None:
     for name in TEXT_FIELDS:
-        if name in row and name in other:
-            first, second = (r[name] if isinstance(r[name], list) else [r[name]] for r in (row, other))
-            row[name] = first + second
+        if name in other:
+            texts = (r.get(name, []) for r in (row, other))
+            row[name] = [text for given in texts for text in (given if isinstance(given, list) else [given])]
 
 
 def _jsonl_rows(path: Path, remark: Callable[[str], None]) -> Iterator[tuple[int, Row]]:
@@ -116,9 +120,8 @@ def _csv_rows(path: Path, remark: Callable[[str], None]) -> Iterator[tuple[int, 
 
 
 def _number_type(values: list[str]) -> type[int] | type[float] | None:
-    try:
-        if all(re.fullmatch(r"[+-]?\d{1,18}", value) for value in values):
-            return int
-        return float if all(math.isfinite(float(value)) for value in values) else None
-    except ValueError:
-        return None
+    """Numbers as people write them: what has leading zeros, underscores or more than 18 digits is a name."""
+    if all(_WHOLE.fullmatch(value) for value in values):
+        return int
+    decimal = all(_DECIMAL.fullmatch(value) and math.isfinite(float(value)) for value in values)
+    return float if decimal else None

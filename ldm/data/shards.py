@@ -336,8 +336,8 @@ def _empty_error(shards: list[Path], indexes: list[Index], problems: Counter[str
     return LdmError(
         "DATA",
         "no usable sample",
-        where=f"{where}: {shards[0]}",
-        limit=f"found: {', '.join(found) or 'nothing'}",
+        where=f"{where}: {shards[0]}" if shards else where,
+        limit=f"found: {', '.join(found) or 'nothing'}" if shards else "found no train-*.tar, only val-*.tar",
         next=f"looked for pictures {pictures} with captions KEY.txt, and for tar shards of these; "
         f"set {where} to a folder that holds them",
     )

@@ -49,6 +49,7 @@ from ldm.tools.samples import (
 )
 from ldm.tools.words import Verb, option
 
+_SHARDS = ("train-*.tar", "val-*.tar")
 REPORT, SKIPPED, DUPLICATES, WORK = "prepare_report.json", "skipped.jsonl", "duplicates.jsonl", ".prepare"
 VERB = Verb(
     "prepare",
@@ -134,6 +135,7 @@ def prepare(path: str, out: Path, options: Options) -> dict[str, Any]:
             return done
         with _work_folder(out, plan_id, options.overwrite) as work:
             report = _run(source, str(path), out, work, plan_id, options)
+            files.remove_leftovers(out)  # of workers that outlived an earlier, killed run for a moment
         shutil.rmtree(work)
     print(f"{_sentence(report)} in {time.monotonic() - began:.0f} s")
     _print_findings(report, out)
@@ -238,6 +240,10 @@ def _work_folder(out: Path, plan_id: str, overwrite: bool) -> Iterator[Path]:
         else:
             what = f"OUT is not empty: {', '.join(there[:3])}"
         raise LdmError("EXISTS", what, where=str(out), next="choose another OUT, or overwrite=true")
+    shards = {p.name for pattern in _SHARDS for p in out.glob(pattern)}
+    if not going_on and (foreign := sorted(shards - _names_written(out, work))):
+        what = f"OUT holds shards that no prepare wrote: {', '.join(foreign[:3])}"
+        raise LdmError("EXISTS", what, where=str(out), next="choose another OUT, or remove them yourself")
     work.mkdir(exist_ok=True)
     with open(work / "lock", "ab") as lock:
         try:
@@ -247,13 +253,19 @@ def _work_folder(out: Path, plan_id: str, overwrite: bool) -> Iterator[Path]:
         files.remove_leftovers(out)
         files.remove_leftovers(work)
         if not going_on:
-            for old in (*out.glob("train-*.tar"), *out.glob("val-*.tar"), *work.glob("*.np?"), *work.glob("*.json")):
+            for old in (*(out / name for name in shards), *work.glob("*.np?"), *work.glob("*.json")):
                 old.unlink()
             for name in (REPORT, SKIPPED, DUPLICATES):
                 (out / name).unlink(missing_ok=True)
             shutil.rmtree(out / ".ldm-index", ignore_errors=True)
             files.replace_file(state, plan_id.encode())
         yield work
+
+
+def _names_written(out: Path, work: Path) -> set[str]:
+    """Names of the shards that an earlier prepare wrote into OUT."""
+    report = files.read_json(out / REPORT) if (out / REPORT).is_file() else {}
+    return {*report.get("shards", {}), *(p.name.removesuffix(".json") for p in work.glob("*.tar.json"))}
 
 
 def _check_space(out: Path, work: Path, facts: NDArray[np.void], kept: NDArray[np.intp], options: Options) -> None:

@@ -124,7 +124,8 @@ class Opened:
             raise self._why(self.names[number])
         raw = self.dataset.read(number)
         txt, data = raw.get("txt"), raw.get("json")
-        return Sample(raw["image"], txt, data, self.captions(self.dataset.keys[number], txt, data))
+        caption = self.captions(self.dataset.keys[number], txt, data)
+        return Sample(raw["image"], txt if "txt" in self.captions.members else None, data, caption)
 
     def _why(self, name: str) -> BadSample:
         """Why training leaves a picture of the folder out."""

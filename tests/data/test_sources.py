@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from ldm.data import metadata
 from ldm.data.captions import Captions
 from ldm.data.datamodule import DataModule
 from ldm.data.loader import Stream
@@ -81,6 +82,22 @@ def test_metadata_csv(tmp_path):
     assert "'empty'" in refusal(tmp_path, caption="{empty} {score}")
 
 
+@pytest.mark.parametrize("values", [("2020_01", "7"), ("00501", "10001"), ("1234567890123456789", "5"), ("nan", "1")])
+def test_what_only_looks_like_a_number_stays_text(tmp_path, values):
+    table = "file_name,caption,n\na.png,x,{}\nb.png,y,{}\n".format(*values)
+    fill(tmp_path, {"a.png": None, "b.png": None, "metadata.csv": table})
+    assert texts(tmp_path, {"n": "n"})[1]["n"] == dict(zip("ab", values, strict=True))
+
+
+def test_of_tables_in_several_folders_the_order_is_that_of_their_names(tmp_path):
+    """Two tables that name one picture: on every machine, and whatever the hashing of strings, the same captions."""
+    rows = {place: json.dumps({"file_name": name, "text": place}) for place, name in (("", "x/a.png"), ("x", "a.png"))}
+    fill(tmp_path, {"x/a.png": None, "metadata.jsonl": rows[""], "x/metadata.jsonl": rows["x"]})
+    names = ["metadata.jsonl", "x/metadata.jsonl", "x/a.png"]
+    for files in (names, names[::-1]):
+        assert metadata.rows_below(tmp_path, files, lambda *_: None)["x/a.png"]["text"] == ["", "x"]
+
+
 def test_a_table_in_a_folder_below_names_its_own_pictures(tmp_path):
     row = {"file_name": "./p.png", "text": "here"}
     fill(tmp_path, {"x/p.png": None, "y/p.png": None, "x/metadata.jsonl": json.dumps(row), "y/p.txt": "there"})
@@ -104,6 +121,11 @@ def test_several_rows_of_one_picture_are_several_captions(tmp_path):
     chosen = Captions(caption_choice="random")
     assert [chosen("a", None, data.read(0)["json"], pick) for pick in range(3)] == ["one", "two", "three"]
     assert texts(tmp_path) == {"a": "one"}
+
+
+def test_a_row_without_text_does_not_hide_the_next(tmp_path):
+    fill(tmp_path, {"a.png": None, "metadata.csv": "file_name,text,n\na.png,,1\na.png,hello,2\n"})
+    assert texts(tmp_path) == {"a": "hello"}
 
 
 def test_rows_that_cannot_be_used_are_remarked(tmp_path):

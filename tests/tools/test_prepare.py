@@ -382,6 +382,29 @@ def test_nothing_is_overwritten_unasked(tmp_path):
     assert [p.name for p in sorted(out.glob("train-*.tar"))] == ["train-000000.tar"]
 
 
+def test_shards_of_others_are_never_deleted(tmp_path):
+    folder, out = write_folder(tmp_path / "in", 5), tmp_path / "out"
+    out.mkdir()
+    (out / "val-mine.tar").write_bytes(b"mine")
+    with pytest.raises(LdmError, match=r"no prepare wrote: val-mine\.tar"):
+        run(folder, out, overwrite=True)
+    (out / "val-mine.tar").rename(tmp_path / "val-mine.tar")
+    run(folder, out, overwrite=True)
+    (tmp_path / "val-mine.tar").rename(out / "val-mine.tar")
+    with pytest.raises(LdmError, match="no prepare wrote"):
+        run(folder, out, overwrite=True, shard_samples=1)
+    assert (out / "val-mine.tar").read_bytes() == b"mine"
+
+
+def test_the_caption_that_was_chosen_is_the_one_that_is_written(tmp_path):
+    folder = write_folder(tmp_path / "in", 3)
+    (folder / "metadata.jsonl").write_text(
+        "".join(f'{{"file_name": "p{n:03}.png", "text": "new {n}"}}\n' for n in range(3))
+    )
+    run(folder, tmp_path / "out", caption="metadata")
+    assert {txt for _, _, txt in samples(tmp_path / "out").values()} == {b"new 0", b"new 1", b"new 2"}
+
+
 def test_changed_data_is_another_plan(tmp_path):
     folder, out = write_folder(tmp_path / "in", 5), tmp_path / "out"
     run(folder, out)
@@ -502,20 +525,22 @@ def test_help_names_every_option(capsys):
 
 @pytest.mark.slow
 def test_killed_again_and_again(tmp_path):
-    """SIGKILL at moments that advance through the run; the result equals that of an undisturbed one."""
+    """SIGKILL as soon as a few more shards stand; the result equals that of an undisturbed one."""
     folder, out = write_folder(tmp_path / "in", 1500), tmp_path / "out"
     words = ["shard_samples=60", "size=30", "format=webp", f"index_dir={tmp_path / 'index'}"]
     command = [sys.executable, "-m", "ldm", "prepare", str(folder)]
     subprocess.run([*command, str(tmp_path / "whole"), *words, "workers=1"], check=True, cwd=ROOT)
     kills, finished = 0, set()
-    for wait in (1.5, 2.5, 3.5, 4.0, 4.5, 5.0, 6.0):
+    for more in (1, 4, 4, 4):
         process = subprocess.Popen([*command, str(out), *words, "workers=2"], cwd=ROOT, start_new_session=True)
-        time.sleep(wait)
+        while process.poll() is None and len(list(out.glob("*.tar"))) < len(finished) + more:
+            time.sleep(0.002)
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             kills += 1
         process.wait()
-        now = {(p.name, p.stat().st_ino) for p in out.glob("*.tar")} if out.exists() else set()
+        recorded = [out / p.name.removesuffix(".json") for p in (out / ".prepare").glob("*.tar.json")]
+        now = {(p.name, p.stat().st_ino) for p in recorded}
         assert finished <= now  # what was finished stays
         finished = now
     subprocess.run([*command, str(out), *words, "workers=2"], check=True, cwd=ROOT)
