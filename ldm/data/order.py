@@ -5,7 +5,7 @@ windows of bounded bytes; a step takes B / L consecutive samples from every lane
 knows about ranks or workers, so every world size that divides the batch sees the same batches.
 
 A sample that an epoch uses r times is r entries of the line: pass k over a shard holds its samples of more than k uses
-and is permuted like a shard of its own, so that the copies lie apart.
+and is permuted like a shard of its own, so that the copies do not lie side by side.
 """
 
 from __future__ import annotations
