@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from pytorch_lightning.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 
 from ldm.checkpoints.run import write_error
 from ldm.errors import TEMPORARY, UNCLASSIFIED, LdmError
@@ -34,11 +33,6 @@ def local_devices(node: Mapping[str, Any]) -> int:
             next="trainer=cpu, or fewer trainer.devices",
         )
     return int(devices)
-
-
-def environment_plugin() -> Any:
-    """Tells Lightning that its processes exist already."""
-    return TorchElasticEnvironment() if TorchElasticEnvironment.detect() else LightningEnvironment()
 
 
 def launch(cfg: Mapping[str, Any], trusted: tuple[str, ...], stage: str, folder: Path) -> None:

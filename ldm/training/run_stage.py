@@ -13,6 +13,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.plugins import MixedPrecision
+from pytorch_lightning.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from ldm.build import build
@@ -149,9 +150,8 @@ def make_trainer(node: Config, precision: str, callbacks: list[pl.Callback], fol
         plugins.append(MixedPrecision("16-mixed", device, scaler=torch.amp.GradScaler(device, enabled=False)))
     strategy: Any = node["strategy"]
     if place.world_size > 1:
-        from ldm.training.launch import environment_plugin
-
-        plugins.append(environment_plugin())
+        # its processes exist already
+        plugins.append(TorchElasticEnvironment() if TorchElasticEnvironment.detect() else LightningEnvironment())
         if strategy in ("auto", "ddp"):
             from pytorch_lightning.strategies import DDPStrategy
 
