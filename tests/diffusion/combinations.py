@@ -3,8 +3,6 @@ docs/diffusion.md, with `--write` it puts them there.
 """
 
 import itertools
-import re
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ import yaml
 from ldm.build import build
 from ldm.diffusion.denoiser import check_pair
 from ldm.diffusion.weighting import check_finite
+from tests.diffusion.tables import main, renewed
 
 ROOT = Path(__file__).parents[2]
 SCHEDULER = ROOT / "configs" / "scheduler"
@@ -99,16 +98,8 @@ TABLES = {
 
 
 def generated(text: str) -> str:
-    """`text` with every block between <!-- generated: NAME --> and <!-- end --> made anew."""
-    for name, make in TABLES.items():
-        block = re.compile(rf"(<!-- generated: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
-        text, count = block.subn(lambda m, make=make: f"{m[1]}{make()}\n{m[2]}", text)
-        assert count == 1, f"{DOCUMENT.name} has no block {name!r}"
-    return text
+    return renewed(text, TABLES)
 
 
 if __name__ == "__main__":
-    if "--write" in sys.argv:
-        DOCUMENT.write_text(generated(DOCUMENT.read_text()))
-    else:
-        print("\n\n".join(make() for make in TABLES.values()))
+    main(DOCUMENT, TABLES)

@@ -2,8 +2,6 @@
 tables of docs/samplers.md, with `--write` it puts them there. The tests take their samplers from here.
 """
 
-import re
-import sys
 from pathlib import Path
 
 import torch
@@ -14,6 +12,7 @@ from ldm.diffusion.levels import SPACINGS, noise_ratio, sampling_levels
 from ldm.errors import LdmError
 from ldm.sampling.tasks import Sampling
 from tests.diffusion.combinations import ROOT, options, table
+from tests.diffusion.tables import main, renewed
 
 DOCUMENT = ROOT / "docs" / "samplers.md"
 SHOWN = ("sd", "sd_zero_snr", "edm", "flow")
@@ -83,16 +82,8 @@ TABLES = {"sampler by schedule": sampler_by_schedule, "spacing by schedule": spa
 
 
 def generated(text: str) -> str:
-    """`text` with every block between <!-- generated: NAME --> and <!-- end --> made anew."""
-    for name, make in TABLES.items():
-        block = re.compile(rf"(<!-- generated: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
-        text, count = block.subn(lambda m, make=make: f"{m[1]}{make()}\n{m[2]}", text)
-        assert count == 1, f"{DOCUMENT.name} has no block {name!r}"
-    return text
+    return renewed(text, TABLES)
 
 
 if __name__ == "__main__":
-    if "--write" in sys.argv:
-        DOCUMENT.write_text(generated(DOCUMENT.read_text()))
-    else:
-        print("\n\n".join(make() for make in TABLES.values()))
+    main(DOCUMENT, TABLES)
