@@ -5,15 +5,18 @@ windows of bounded bytes; a step takes B / L consecutive samples from every lane
 knows about ranks or workers, so every world size that divides the batch sees the same batches.
 
 A sample that an epoch uses r times is r entries of the line: pass k over a shard holds its samples of more than k uses
-and is permuted like a shard of its own, so that the copies do not lie side by side.
+and is permuted like a shard of its own, so that the copies do not lie side by side. Where r is no whole number, a last
+pass holds that share of such samples, in every epoch those whose turn it is.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
+from math import gcd
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,21 +42,54 @@ def lanes_default(batch_size: int, num_samples: int) -> int:
 
 
 @dataclass(frozen=True)
-class _Line:
-    """One epoch's shards in permuted order. cut: [L + 1] bounds of the lanes on the line."""
+class _Entries:
+    """What one epoch uses, pass by pass, in each pass shard by shard.
 
+    ids: [E].   starts: [S + 1], first entry of each shard of a pass.   first_of_pass: [P].   bytes_before: [E + 1].
+    """
+
+    ids: Ids
+    starts: Ids
+    first_of_pass: Ids
+    bytes_before: Ids
+
+
+@dataclass(frozen=True)
+class _Share:
+    """Samples of which an epoch uses the same share: those at the next `count` places of a fixed permutation."""
+
+    ids: Ids  # [n], increasing
+    order: Ids  # [n], a permutation of their positions
+    count: int
+
+    def chosen(self, epoch: int) -> Ids:
+        """[count] positions."""
+        return self.order[(epoch * self.count + np.arange(self.count)) % len(self.ids)]
+
+    def uses_before(self, epoch: int) -> Ids:
+        """[n], how often each sample was chosen in earlier epochs."""
+        uses = np.empty_like(self.ids)
+        uses[self.order] = -((np.arange(len(self.ids)) - epoch * self.count) // len(self.ids))
+        return uses
+
+
+@dataclass(frozen=True)
+class _Line:
+    """One epoch's shards in permuted order."""
+
+    entries: _Entries
     shards: Ids
     samples_before: Ids  # [S + 1], samples of the line before each shard
     bytes_before: Ids  # [S + 1]
-    cut: Ids
 
 
 class Order:
     """Sample ids by step.
 
     shard_lengths: valid samples per shard, in id order.   sizes: bytes of each sample, which bound the windows.
-    repeats: [N], how often an epoch uses each sample, 1 or more; None = once.
     lanes: L, must divide batch_size; None takes `lanes_default`.   window_mb: bytes that are shuffled together.
+    repeats: [N], how often an epoch uses each sample, more than 0; None = once. With 2.25 every epoch uses a sample
+    twice, and a quarter of such samples, each in its turn, once more.
     remainder: "carry" lets a step straddle two epochs, so that every sample is used once per epoch; "drop" starts
     every epoch at a step and leaves the last incomplete step unused.
     """
@@ -68,19 +104,18 @@ class Order:
         lanes: int | None = None,
         window_mb: float = 256,
         remainder: str = "carry",
-        repeats: Sequence[int] | Ids | None = None,
+        repeats: Sequence[float] | NDArray[np.float64] | None = None,
     ) -> None:
         self.seed, self.batch_size, self.remainder = int(seed), batch_size, remainder
         self.window_bytes = max(1, int(window_mb * 2**20))
-        shards, weights = (np.asarray(x, dtype=np.int64) for x in (shard_lengths, sizes))
-        self._repeats = np.ones_like(weights) if repeats is None else np.asarray(repeats, dtype=np.int64)
-        self._ids, lengths, self._first_of_pass = _passes(shards, weights, self._repeats)
-        self._starts = np.concatenate([[0], np.cumsum(lengths)])
-        self._bytes = np.concatenate([[0], np.cumsum(weights[self._ids])])
-        self.num_samples = len(self._ids)  # of an epoch, each as often as it is used
+        self._lengths, self._sizes = (np.asarray(x, dtype=np.int64) for x in (shard_lengths, sizes))
+        self._split_repeats(repeats)
+        self._whole_passes = self._build_whole_passes()
+        self.num_samples = len(self._whole_passes.ids) + sum(share.count for share in self._shares)
         self.lanes = lanes_default(batch_size, self.num_samples) if lanes is None else lanes
         self._check()
-        self.lane_lengths = np.diff(self._cut())
+        self._cut = np.arange(self.lanes + 1, dtype=np.int64) * self.num_samples // self.lanes
+        self.lane_lengths = np.diff(self._cut)
         self._build_caches()
 
     def _check(self) -> None:
@@ -110,12 +145,13 @@ class Order:
             )
 
     def _build_caches(self) -> None:
+        self._entries = lru_cache(maxsize=4)(self._build_entries)
         self._line = lru_cache(maxsize=4)(self._build_line)
         self._edges = lru_cache(maxsize=4 * self.lanes)(self._build_edges)
         self._window = lru_cache(maxsize=4 * self.lanes)(self._build_window)
 
     def __getstate__(self) -> dict:  # caches stay behind when a worker process receives the order
-        return {k: v for k, v in self.__dict__.items() if k not in ("_line", "_edges", "_window")}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_entries", "_line", "_edges", "_window")}
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
@@ -131,29 +167,57 @@ class Order:
 
     def ids(self, step: int) -> Ids:
         """[B] sample ids of the step, by slot: slot step * B + lane * (B / L) + i."""
-        return self._ids[self._entries(step)[0]]
+        return np.concatenate([self._entries(epoch).ids[entries] for epoch, entries in self._runs(step)])
 
     def turns(self, step: int) -> Ids:
         """[B] by slot, how often the slot's sample was used before: uses of earlier epochs, and passes of this one."""
-        entries, epochs = self._entries(step)
-        ids = self._ids[entries]
-        earlier = np.searchsorted(self._first_of_pass, entries, side="right") - 1
-        return epochs * self._repeats[ids] + earlier
+        return np.concatenate([self._turns_of(epoch, entries) for epoch, entries in self._runs(step)])
 
     def reserve(self, slot: int, attempt: int) -> int:
-        """A candidate to replace a bad sample at `slot`, from the same lane and epoch."""
+        """A candidate to replace a bad sample at `slot`: the others of its lane and epoch one by one in an order of the
+        slot's own, then all of the epoch.
+        """
         step, within = divmod(int(slot), self.batch_size)
-        lane, i = divmod(within, self.batch_size // self.lanes)
-        epochs, _ = self._positions(lane, step, self.batch_size // self.lanes)
-        draw = int(raw_bits(1, self.seed, "reserve", slot, attempt)[0])
-        entry = self._resolve(int(epochs[i]), lane, np.array([draw % int(self.lane_lengths[lane])]))
-        return int(self._ids[entry][0])
-
-    def _entries(self, step: int) -> tuple[Ids, Ids]:
-        """[B] entries and their epochs, by slot."""
         per_lane = self.batch_size // self.lanes
-        found = [self._take(lane, step, per_lane) for lane in range(self.lanes)]
-        return np.concatenate([e for e, _ in found]), np.concatenate([e for _, e in found])
+        lane, i = divmod(within, per_lane)
+        epochs, positions = self._positions(lane, step, per_lane)
+        first, length, own = int(self._cut[lane]), int(self.lane_lengths[lane]), int(positions[i])
+        if attempt >= length - 1:
+            first, length, own, attempt = 0, self.num_samples, first + own, attempt - (length - 1)
+        at = first + self._other(own, length, slot, attempt)
+        lane = int(np.searchsorted(self._cut, at, side="right")) - 1
+        epoch = int(epochs[i])
+        return int(self._entries(epoch).ids[self._resolve(epoch, lane, np.array([at - self._cut[lane]]))][0])
+
+    def _other(self, own: int, length: int, slot: int, attempt: int) -> int:
+        """A number below `length` other than `own`, a different one for each of length - 1 attempts."""
+        if length == 1:
+            return own
+        start, stride = (int(n) for n in raw_bits(2, self.seed, "reserve", slot) >> np.uint64(1))
+        stride = 1 + stride % (length - 1)
+        while gcd(stride, length - 1) > 1:
+            stride += 1
+        return (own + 1 + (start + attempt * stride) % (length - 1)) % length
+
+    def _runs(self, step: int) -> Iterator[tuple[int, Ids]]:
+        """The step's entries by slot, in runs of one epoch."""
+        per_lane = self.batch_size // self.lanes
+        for lane in range(self.lanes):
+            epochs, positions = self._positions(lane, step, per_lane)
+            for epoch in np.unique(epochs):
+                yield int(epoch), self._resolve(int(epoch), lane, positions[epochs == epoch])
+
+    def _turns_of(self, epoch: int, entries: Ids) -> Ids:
+        table = self._entries(epoch)
+        ids = table.ids[entries]
+        whole = self._whole[ids]
+        earlier = np.searchsorted(table.first_of_pass, entries, side="right") - 1
+        turns = epoch * whole + np.minimum(earlier, whole)
+        for share in self._shares:
+            at = np.minimum(np.searchsorted(share.ids, ids), len(share.ids) - 1)
+            mine = share.ids[at] == ids
+            turns[mine] += share.uses_before(epoch)[at[mine]]
+        return turns
 
     def _positions(self, lane: int, step: int, per_lane: int) -> tuple[Ids, Ids]:
         """Epoch and position within it, for the step's samples of a lane."""
@@ -164,11 +228,6 @@ class Order:
         epochs, positions = np.divmod(step * per_lane + within, self.lane_lengths[lane])
         return epochs, positions
 
-    def _take(self, lane: int, step: int, per_lane: int) -> tuple[Ids, Ids]:
-        epochs, positions = self._positions(lane, step, per_lane)
-        runs = [self._resolve(int(e), lane, positions[epochs == e]) for e in np.unique(epochs)]
-        return np.concatenate(runs), epochs
-
     def _resolve(self, epoch: int, lane: int, positions: Ids) -> Ids:
         """Entries at positions of a lane: window by window through its permutation, then to shard and member."""
         edges = self._edges(epoch, lane)
@@ -178,29 +237,72 @@ class Order:
             here = windows == window
             shuffled[here] = edges[window] + self._window(epoch, lane, int(window))[positions[here] - edges[window]]
         line = self._line(epoch)
-        at = line.cut[lane] + shuffled
+        at = self._cut[lane] + shuffled
         shard = np.searchsorted(line.samples_before, at, side="right") - 1
-        return self._starts[line.shards[shard]] + at - line.samples_before[shard]
+        return line.entries.starts[line.shards[shard]] + at - line.samples_before[shard]
 
-    def _cut(self) -> Ids:
-        return np.arange(self.lanes + 1, dtype=np.int64) * self.num_samples // self.lanes
+    def _split_repeats(self, repeats: Sequence[float] | NDArray[np.float64] | None) -> None:
+        """Whole uses of each sample, and the shares of samples that are used once more."""
+        count = len(self._sizes)
+        times = np.ones(count) if repeats is None else np.asarray(repeats, dtype=np.float64)
+        if not self._lengths.sum() == count == len(times) or not (times > 0).all():
+            raise ValueError(f"{count} sizes, {len(times)} repeats for {self._lengths.sum()} samples")
+        self._whole = times.astype(np.int64)
+        rest = times - self._whole
+        self._shares = []
+        for share in np.unique(rest[rest > 0]):
+            ids = np.flatnonzero(rest == share)
+            number = max(1, round(float(share) * len(ids)))
+            self._shares.append(_Share(ids, permutation(len(ids), self.seed, "share", float(share)), number))
+
+    def _build_whole_passes(self) -> _Entries:
+        ids: list[Ids] = []
+        while not ids or len(ids[-1]):
+            before = np.arange(len(self._sizes), dtype=np.int64) if not ids else ids[-1]
+            ids.append(before[self._whole[before] > len(ids)])
+        return self._table(ids[:-1] if len(ids) > 1 else ids)
+
+    def _build_entries(self, epoch: int) -> _Entries:
+        if not self._shares:
+            return self._whole_passes
+        chosen = np.sort(np.concatenate([share.ids[share.chosen(epoch)] for share in self._shares]))
+        whole = self._whole_passes
+        bounds = [*whole.first_of_pass.tolist(), len(whole.ids)]
+        return self._table([*(whole.ids[a:b] for a, b in pairwise(bounds)), chosen])
+
+    def _table(self, passes: list[Ids]) -> _Entries:
+        """Of passes, each with its ids in increasing order; what a later pass has nothing of is no shard of it."""
+        ends = np.cumsum(self._lengths)
+        lengths = []
+        for ids in passes:
+            counts = np.diff(np.searchsorted(ids, ends, side="left"), prepend=0)
+            lengths.append(counts if ids is passes[0] else counts[counts > 0])
+        ids = np.concatenate(passes)
+        zero = np.zeros(1, dtype=np.int64)
+        return _Entries(
+            ids=ids,
+            starts=np.concatenate([zero, np.cumsum(np.concatenate(lengths), dtype=np.int64)]),
+            first_of_pass=np.cumsum([0, *(len(part) for part in passes[:-1])], dtype=np.int64),
+            bytes_before=np.concatenate([zero, np.cumsum(self._sizes[ids])]),
+        )
 
     def _build_line(self, epoch: int) -> _Line:
-        shards = permutation(len(self._starts) - 1, self.seed, epoch, "shards")
-        samples = np.diff(self._starts)[shards]
-        weights = np.diff(self._bytes[self._starts])[shards]
+        entries = self._entries(epoch)
+        shards = permutation(len(entries.starts) - 1, self.seed, epoch, "shards")
+        samples = np.diff(entries.starts)[shards]
+        weights = np.diff(entries.bytes_before[entries.starts])[shards]
         zero = np.zeros(1, dtype=np.int64)
         return _Line(
+            entries=entries,
             shards=shards,
             samples_before=np.concatenate([zero, np.cumsum(samples)]),
             bytes_before=np.concatenate([zero, np.cumsum(weights)]),
-            cut=self._cut(),
         )
 
     def _build_edges(self, epoch: int, lane: int) -> Ids:
         """Bounds of the lane's windows, as positions in the lane: [W + 1], from 0 to the lane's length."""
         line = self._line(epoch)
-        first, last = int(line.cut[lane]), int(line.cut[lane + 1])
+        first, last = int(self._cut[lane]), int(self._cut[lane + 1])
         marks = range(self._byte_at(line, first), self._byte_at(line, last), self.window_bytes)
         edges = [0, *(self._first_from(line, mark) - first for mark in marks[1:]), last - first]
         return np.unique(np.clip(np.array(edges, dtype=np.int64), 0, last - first))
@@ -212,32 +314,16 @@ class Order:
     def _byte_at(self, line: _Line, sample: int) -> int:
         """Bytes of the line before its sample number `sample`."""
         shard = min(int(np.searchsorted(line.samples_before, sample, side="right")) - 1, len(line.shards) - 1)
-        start = self._starts[line.shards[shard]]
+        start, before = line.entries.starts[line.shards[shard]], line.entries.bytes_before
         within = start + sample - line.samples_before[shard]
-        return int(line.bytes_before[shard] + self._bytes[within] - self._bytes[start])
+        return int(line.bytes_before[shard] + before[within] - before[start])
 
     def _first_from(self, line: _Line, byte: int) -> int:
         """The first sample of the line that begins at or after `byte`."""
         shard = min(int(np.searchsorted(line.bytes_before, byte, side="right")) - 1, len(line.shards) - 1)
-        start, end = self._starts[line.shards[shard]], self._starts[line.shards[shard] + 1]
-        offsets = self._bytes[start : end + 1] - self._bytes[start]
+        start, end = line.entries.starts[line.shards[shard]], line.entries.starts[line.shards[shard] + 1]
+        offsets = line.entries.bytes_before[start : end + 1] - line.entries.bytes_before[start]
         return int(line.samples_before[shard] + np.searchsorted(offsets, byte - line.bytes_before[shard]))
-
-
-def _passes(shard_lengths: Ids, sizes: Ids, repeats: Ids) -> tuple[Ids, Ids, Ids]:
-    """Sample ids pass by pass; how many of them each shard has in each pass, the later ones without empty shards; and
-    the first entry of each pass.
-    """
-    if not shard_lengths.sum() == len(sizes) == len(repeats) or (repeats < 1).any():
-        raise ValueError(f"{len(sizes)} sizes, {len(repeats)} repeats for {shard_lengths.sum()} samples")
-    shard_of = np.repeat(np.arange(len(shard_lengths)), shard_lengths)
-    ids = [np.arange(len(sizes), dtype=np.int64)]
-    lengths = [shard_lengths]
-    while len(left := ids[-1][repeats[ids[-1]] > len(ids)]):
-        ids.append(left)
-        lengths.append(np.unique(shard_of[left], return_counts=True)[1].astype(np.int64))
-    counts = [0, *(len(part) for part in ids[:-1])]
-    return np.concatenate(ids), np.concatenate(lengths), np.cumsum(counts, dtype=np.int64)
 
 
 def cut(ids: Ids, rank: int, world_size: int, accumulate: int, micro: int) -> Ids:

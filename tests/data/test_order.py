@@ -114,9 +114,21 @@ def test_reserves_stay_in_the_lane():
         length = o.lane_lengths[lane]
         epoch = (slot // 8 * b + slot % b) // length
         lane_ids = set(epoch_ids[epoch * length : (epoch + 1) * length].tolist())
-        drawn = [o.reserve(slot, attempt) for attempt in range(20)]
-        assert set(drawn) <= lane_ids and len(set(drawn)) > 3
-        assert drawn == [o.reserve(slot, attempt) for attempt in range(20)]
+        own = int(o.ids(slot // 8)[slot % 8])
+        drawn = [o.reserve(slot, attempt) for attempt in range(length - 1)]
+        assert sorted(drawn) == sorted(lane_ids - {own})  # each of them once
+        assert drawn == [o.reserve(slot, attempt) for attempt in range(length - 1)]
+        beyond = [o.reserve(slot, length - 1 + attempt) for attempt in range(22)]
+        assert sorted(beyond) == sorted(set(range(23)) - {own})
+
+
+def test_a_lane_of_one_sample_is_replaced_from_the_others():
+    """The first attempt must not be the bad sample itself, a thousand times."""
+    o = order([3], batch_size=3, lanes=3)
+    for slot, own in enumerate(o.ids(0).tolist()):
+        assert {o.reserve(slot, 0), o.reserve(slot, 1)} == {0, 1, 2} - {own}
+    alone = order([1], batch_size=1)
+    assert alone.reserve(0, 5) == 0
 
 
 def test_no_sample_is_refused_with_words():
@@ -181,7 +193,7 @@ def test_copies_lie_apart():
 
 def test_reserves_of_repeated_samples_are_samples():
     o = order([11, 13], lanes=2, repeats=REPEATS)
-    assert {o.reserve(slot, 0) for slot in range(300)} == set(range(24))
+    assert {o.reserve(slot, 0) for slot in range(1000)} == set(range(24))
 
 
 def test_wrong_repeats():
@@ -196,5 +208,39 @@ def test_a_large_order_with_repeats_is_cheap():
     o = Order([10_000] * 100, sizes, seed=0, batch_size=256, repeats=repeats)
     assert o.num_samples == 1_900_000
     assert len(set(o.ids(900_000 // 256).tolist())) > 200
-    held = sum(x.nbytes for x in (o._ids, o._bytes, o._repeats, o._starts))
+    held = sum(x.nbytes for x in vars(o._whole_passes).values())
     assert held < 50e6
+
+
+# ---- parts of a set
+
+SHARES = [1.0] * 10 + [0.4] * 5 + [2.5] * 6 + [1.25] * 3  # 10 + 2 + 15 + round(3.75) uses
+
+
+@pytest.mark.parametrize("lanes", [1, 2, 8])
+@pytest.mark.parametrize("lengths", [[24], [10, 5, 6, 3], [4, 4, 4, 4, 5, 2, 1]], ids=len)
+def test_a_share_of_the_samples_takes_turns(lengths, lanes):
+    o = order(lengths, lanes=lanes, repeats=SHARES, remainder="carry", batch_size=8)
+    assert o.num_samples == 31
+    streams = [lane_stream(o, lane, 4 * 40) for lane in range(lanes)]
+    used = np.zeros((40, 24), dtype=int)
+    for epoch in range(40):
+        for stream, length in zip(streams, o.lane_lengths, strict=True):
+            used[epoch] += np.bincount(stream[epoch * length : (epoch + 1) * length], minlength=24)
+    low = np.floor(SHARES).astype(int)
+    assert (used.sum(1) == 31).all() and (used >= low).all() and (used <= low + 1).all()
+    for first, last in ((0, 10), (10, 15), (15, 21), (21, 24)):  # within a set nobody goes ahead by more than one use
+        total = np.cumsum(used[:, first:last], axis=0)
+        assert (total.max(1) - total.min(1) <= 1).all()
+    assert used[:, 10:15].sum() == 40 * 2 and len(set(map(tuple, used[:, 10:15].tolist()))) > 1
+
+
+def test_turns_count_the_uses_of_samples_that_take_turns():
+    o = order([10, 14], lanes=1, repeats=SHARES, batch_size=31)
+    seen = {n: [] for n in range(24)}
+    for step in range(30):
+        for sample_id, turn in zip(o.ids(step).tolist(), o.turns(step).tolist(), strict=True):
+            seen[sample_id].append(turn)
+    for turns in seen.values():
+        assert sorted(turns) == list(range(len(turns)))
+    assert pickle.loads(pickle.dumps(o)).ids(17).tolist() == o.ids(17).tolist()
