@@ -15,6 +15,8 @@ from ldm.training.place import Config, Place
 from ldm.training.stage_module import StageModule
 
 _WITHOUT_EFFECT = ("weights", "sha256", "gradient_checkpointing")  # a start's files; memory against time
+_CAPTIONS = tuple(f"data.{name}" for name in asdict(Captions()))  # the autoencoder looks at pictures only
+_ORDER = tuple(f"data.{name}" for name in ("lanes", "window_mb", "remainder", "num_train", "manifest"))
 
 
 def settings_of(cfg: Config, stage: str) -> dict[str, Any]:
@@ -38,7 +40,22 @@ def settings_of(cfg: Config, stage: str) -> dict[str, Any]:
         _flatten(flat, "scheduler", cfg["scheduler"])
     # derived from max_steps: one accepted difference must not need two names
     flat.pop(f"stage.{stage}.lr_schedule.max_steps", None)
-    return {key: value for key, value in flat.items() if key.rpartition(".")[2] not in _WITHOUT_EFFECT}
+    return _deciding(flat, stage)
+
+
+def recorded_settings(checkpoint: Checkpoint, stage: str) -> dict[str, Any]:
+    """`settings_of` as it was when the checkpoint was written: its fingerprint without what was found."""
+    saved = _deciding(checkpoint.document("state")["fingerprint"], stage)
+    return {key: value for key, value in saved.items() if key not in (*_ORDER, "latent_id")}
+
+
+def _deciding(settings: Mapping[str, Any], stage: str) -> dict[str, Any]:
+    without = _CAPTIONS if stage == "autoencoder" else ()
+    return {
+        key: value
+        for key, value in settings.items()
+        if key not in without and key.rpartition(".")[2] not in _WITHOUT_EFFECT
+    }
 
 
 def fingerprint_of(cfg: Config, stage: str, data: DataModule, module: StageModule) -> dict[str, Any]:
@@ -51,10 +68,11 @@ def fingerprint_of(cfg: Config, stage: str, data: DataModule, module: StageModul
 
 
 def check_drift(
-    checkpoint: Checkpoint, fingerprint: Config, environment: Config, allow: list[str], place: Place
+    checkpoint: Checkpoint, stage: str, fingerprint: Config, environment: Config, allow: list[str], place: Place
 ) -> None:
     state = checkpoint.document("state")
-    said = compare(state["fingerprint"], fingerprint, allow) + notes(state["environment"], environment)
+    said = compare(_deciding(state["fingerprint"], stage), fingerprint, allow)
+    said += notes(state["environment"], environment)
     if place.rank == 0:
         for line in said:
             print(f"resume: {line}", flush=True)

@@ -11,7 +11,7 @@ from ldm.checkpoints.run import Run, StagePaths, find_run, open_run
 from ldm.checkpoints.store import Checkpoint, Store
 from ldm.errors import LdmError
 from ldm.training.assemble import adopt_autoencoder, build_objective, check_model, check_sampler, fixed_autoencoder
-from ldm.training.fingerprint import settings_of
+from ldm.training.fingerprint import recorded_settings, settings_of
 from ldm.training.place import Config, Place, hear_decision, join_group, tell_decision
 from ldm.training.run_stage import run_stage
 
@@ -67,8 +67,7 @@ def is_finished(cfg: Config, checkpoint: Checkpoint | None, stage: str) -> bool:
     state = checkpoint.document("state")
     if not state["finished"]:
         return False
-    now = settings_of(cfg, stage)
-    compare({key: state["fingerprint"].get(key, "absent") for key in now}, now, resume["allow"])
+    compare(recorded_settings(checkpoint, stage), settings_of(cfg, stage), resume["allow"])
     return state["train_step"] >= cfg["stage"][stage]["max_steps"]
 
 

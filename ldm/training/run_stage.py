@@ -82,7 +82,7 @@ def run_stage(cfg: Config, trusted: tuple[str, ...], stage: str, folder: Path, p
         "threads": torch.get_num_threads(),
     }
     if checkpoint is not None:
-        check_drift(checkpoint, fingerprint, environment, cfg["resume"]["allow"], place)
+        check_drift(checkpoint, stage, fingerprint, environment, cfg["resume"]["allow"], place)
         module.resume_from(checkpoint)
         data.ledger.load_state_dict(checkpoint.document("state")["bad_samples"])
     elif isinstance(module, DiffusionModule) and not cfg["init_from"]:

@@ -4,9 +4,11 @@ from dataclasses import asdict
 
 import pytest
 
+from ldm.checkpoints.drift import Drift
 from ldm.cli import compose
 from ldm.data.captions import Captions
 from ldm.training.fingerprint import settings_of
+from ldm.training.fit import is_finished
 
 
 @pytest.mark.parametrize(
@@ -41,3 +43,38 @@ def test_every_setting_of_the_text_and_of_repeats_counts():
         assert {k for k in now if now[k] != before.get(k)} == {f"data.{key}"}
     older = {k: v for k, v in cfg["data"].items() if k not in changed or "fix" in k}  # before these settings existed
     assert settings_of({**cfg, "data": older}, "diffusion") == before
+
+
+class _Checkpoint:
+    """A finished stage of the demo, as its last checkpoint records it."""
+
+    def __init__(self, stage, words):
+        cfg = compose("train", ["experiment=demo", *words])
+        found = {"data.num_train": 7, "data.manifest": "0", "data.lanes": 8, "data.window_mb": 256}
+        found |= {"data.remainder": "carry", "latent_id": "1"}
+        self.state = {
+            "finished": True,
+            "train_step": cfg["stage"][stage]["max_steps"],
+            "fingerprint": {**settings_of(cfg, stage), **found},
+        }
+
+    def document(self, name):
+        return getattr(self, name)
+
+
+@pytest.mark.parametrize("stage", ["autoencoder", "diffusion"])
+@pytest.mark.parametrize("then, now", [([], []), (["data.repeats=3"], []), ([], ["data.repeats=3"])])
+def test_a_finished_stage_notices_settings_that_come_and_go(stage, then, now):
+    cfg = compose("train", ["experiment=demo", *now])
+    if then == now:
+        assert is_finished(cfg, _Checkpoint(stage, then), stage)
+    else:
+        with pytest.raises(Drift, match=r"data\.repeats"):
+            is_finished(cfg, _Checkpoint(stage, then), stage)
+
+
+def test_a_finished_autoencoder_does_not_ask_for_captions():
+    cfg = compose("train", ["experiment=demo", "data.shuffle_caption=true", "data.caption_suffix=ok"])
+    assert is_finished(cfg, _Checkpoint("autoencoder", ["data.caption_prefix=a "]), "autoencoder")
+    with pytest.raises(Drift, match="caption_suffix"):
+        is_finished(cfg, _Checkpoint("diffusion", []), "diffusion")
