@@ -101,7 +101,7 @@ def test_draws_bring_nothing_from_the_host():
         assert draws.keys(Purpose.NOISE).shape == draws.low_discrepancy(Purpose.TIMESTEP).shape == (4,)
     assert copies.count == 0
     with FromHost() as copies:
-        torch.as_tensor(run_key(0), device="meta")
+        torch.tensor(run_key(0)).to("meta")
     assert copies.count == 1
 
 

@@ -1,8 +1,11 @@
 """Every sample as often as it should be, in one order with one text each, for any ranks, workers, shards and repeats.
 
-Ranks and workers are simulated in one process; `test_pipeline.py` has real workers.
+Ranks and workers are simulated in one process; `test_real_processes` and `test_pipeline.py` have real ones.
 """
 
+import json
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import dataclass
 from itertools import islice
@@ -140,3 +143,42 @@ def test_the_choice_is_the_slots_own_draw(data, monkeypatch):
     rows = run(data, monkeypatch, captions=Captions(caption_lines=True, caption_choice="random"))
     keys = fold(run_key(0), Purpose.CAPTION_CHOICE, torch.arange(24 * STEPS))
     assert [caption.split(",")[0][-1] for *_, caption, _ in rows] == [str(int(key) % 2) for key in keys]
+
+
+_RANK = """
+import json, sys
+from itertools import islice
+from ldm.data.datamodule import DataModule
+if __name__ == "__main__":
+    path, rank, world_size, workers = sys.argv[1], *map(int, sys.argv[2:])
+    data = DataModule(path, image_size=8, crop="random", flip_prob=0.5, repeats=3, caption_lines=True)
+    data.configure(seed=0, batch_size=24, rank=rank, world_size=world_size, num_workers=workers)
+    rows = []
+    for batch in islice(data.train_dataloader(), 4):
+        pixels = batch.images.flatten(1).sum(1).tolist()
+        rows.append(list(zip(batch.slots.tolist(), batch.keys, batch.captions, pixels, strict=True)))
+    print(json.dumps(rows))
+"""
+
+
+@pytest.mark.slow
+def test_real_processes(tmp_path):
+    """Every rank is a process of its own with workers of its own; 48 uses an epoch are two steps of 24."""
+    data = shards(tmp_path / "shards", LENGTHS[5])
+    (tmp_path / "rank.py").write_text(_RANK)
+
+    def rows_of(ranks, workers):
+        command = [sys.executable, str(tmp_path / "rank.py"), str(data.shards[0].parent)]
+        running = [
+            subprocess.Popen([*command, *map(str, (rank, ranks, workers))], stdout=subprocess.PIPE, text=True)
+            for rank in range(ranks)
+        ]
+        said = [json.loads(process.communicate(timeout=200)[0]) for process in running]
+        assert not any(process.returncode for process in running)
+        return [tuple(row) for step in range(STEPS) for rows in said for row in rows[step]]
+
+    found = rows_of(4, 2)
+    assert [slot for slot, *_ in found] == list(range(24 * STEPS))
+    for epoch in range(2):
+        assert Counter(key for _, key, *_ in found[48 * epoch : 48 * (epoch + 1)]) == dict.fromkeys(REPEATS, 3)
+    assert found == rows_of(1, 0)

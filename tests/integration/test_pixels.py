@@ -14,6 +14,7 @@ from PIL import Image
 from ldm.checkpoints.store import Store
 from ldm.cli import compose
 from ldm.data.datamodule import DataModule
+from ldm.data.moments import MomentTables
 from ldm.errors import LdmError
 from ldm.model import LatentDiffusion
 from ldm.models.autoencoder.identity import Identity
@@ -167,7 +168,7 @@ def test_columns_travel_with_pictures_and_with_moments(shards):
     assert batch.columns["size"] == [(16, 16, 0, 0, 16, 16)] * 8
     assert all(shape in caption for shape, caption in zip(batch.columns["shape"], batch.captions, strict=True))
     assert len(set(batch.columns["shape"])) > 1
-    data.use_moments((torch.zeros(61, 6, 2, 2), torch.ones(61, dtype=torch.bool)))
+    data.use_moments(MomentTables.of(torch.zeros(61, 6, 2, 2)))
     cached = next(iter(data.train_dataloader()))
     assert cached.images is None and cached.columns == batch.columns
     held_out = list(data.val_dataloader(16))[-1]  # 20 = 16 + 4: padded rows have no value
@@ -178,8 +179,8 @@ def test_pixels_are_their_own_moments():
     """No variance is stored, and no noise is drawn for a posterior that there is not."""
     autoencoder, images = Identity(), torch.rand(5, 3, 8, 8)
     assert autoencoder.moments(images) is images and autoencoder.moment_channels == 3
-    table, usable = encode_dataset(autoencoder, [make_batch(images)], 5, (8, 8))
-    assert torch.equal(table, images) and usable.all()
+    encoded = encode_dataset(autoencoder, [make_batch(images)], 5, (8, 8))
+    assert torch.equal(encoded.tables[0], images) and encoded.usable.all()
     assert AutoencoderKL(block_channels=[32]).moment_channels == 8
 
     class NoDraws(Draws):
@@ -212,7 +213,7 @@ def test_a_label_that_is_no_class_is_a_bad_sample(shards, tmp_path):
     assert ledger and {row["kind"] for row in ledger} == {"column_value"}
     assert all("'arrow' is not a class" in row["reason"] and row["shard"].endswith(".tar") for row in ledger)
     counts = Store(stage / "ckpt").newest().document("state")["bad_samples"]["counts"]
-    assert counts["column_value"] >= len({row["key"] for row in ledger})
+    assert counts["column_value"] > 0  # those trained on; the ledger may know of some that were read ahead
 
 
 def test_a_sample_without_its_field_is_bad(shards):
