@@ -86,6 +86,7 @@ def test_the_number_of_workers_changes_nothing(finished, shards, tmp_path):
     assert compare_runs(finished, tmp_path / "tiny", "autoencoder") == []
 
 
+@pytest.mark.slow
 def test_one_batch_is_learnt_by_heart(shards, tmp_path):
     """debug=overfit: in both stages the loss falls tenfold within 200 steps."""
     wider = [

@@ -1,5 +1,7 @@
 """Sampling: what the same seed promises, image to image, and bad input by the real command."""
 
+import runpy
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -12,7 +14,7 @@ from ldm.errors import LdmError
 from ldm.model import LatentDiffusion
 from ldm.sampling.outputs import captioned_grid, read_recipe, save_png, to_uint8
 from ldm.sampling.tasks import text_to_image
-from tests.integration.tiny import command
+from tests.integration.tiny import ROOT, command
 
 PROMPTS = ["a red star on a white ground", "a ring", "a longer prompt with a blue heart above a green cross", ""]
 
@@ -102,9 +104,12 @@ def test_grid_shows_every_picture_and_nothing_of_a_caption_is_obeyed(tmp_path):
         (["prompt=x", "weights=best"], "weights"),
     ],
 )
-def test_bad_input_is_one_line(finished, tmp_path, words, text):
+def test_bad_input_is_one_line(finished, tmp_path, words, text, monkeypatch, capfd):
     run = [] if any(w.startswith("run=") for w in words) else [f"run={finished}"]
-    code, output = command([*run, f"output_dir={tmp_path}", *words], "sample.py")
+    monkeypatch.setattr(sys, "argv", ["sample.py", *run, f"output_dir={tmp_path}", *words])
+    with pytest.raises(SystemExit) as left:  # in this process: a new one would import torch for each of them
+        runpy.run_path(str(ROOT / "sample.py"), run_name="__main__")
+    code, output = left.value.code, "".join(capfd.readouterr())
     assert code == 2 and text in output and "Traceback" not in output, output
     assert output.count("error[") == 1, output
     assert not list(tmp_path.glob("*.png"))
