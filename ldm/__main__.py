@@ -31,6 +31,13 @@ def inspect(argv: Sequence[str]) -> int:
     return main(argv)
 
 
+def cache(argv: Sequence[str]) -> int:
+    """OUT: latents and text embeddings of a run's data, written once; training reads them."""
+    from ldm.tools.cache import main
+
+    return main(argv)
+
+
 def import_(argv: Sequence[str]) -> int:
     """PATH OUT: Stable Diffusion, a folder of diffusers or a single file, becomes a run."""
     from ldm.tools.import_model import main
@@ -49,6 +56,7 @@ VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     "doctor": doctor,
     "prepare": prepare,
     "inspect": inspect,
+    "cache": cache,
     "import": import_,
     "export": export,
 }

@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import json
 from collections.abc import Callable, Iterator, Mapping
 from difflib import get_close_matches
 from typing import Any
@@ -87,6 +88,22 @@ def to_saved(node: Any) -> Any:
     if isinstance(node, list | tuple):
         return [to_saved(v) for v in node]
     return node
+
+
+def with_defaults(node: Mapping[str, Any], trusted: tuple[str, ...] = ()) -> dict[str, Any]:
+    """A node of a checkpoint with every argument of its constructor, and so the nodes within it."""
+
+    def filled(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            if "class" in value:
+                return with_defaults(value, trusted)
+            return {key: filled(child) for key, child in value.items()}
+        return value
+
+    parameters = inspect.signature(resolve(node["class"], trusted=trusted)).parameters.values()
+    plain = (str, int, float, tuple, Mapping, type(None))  # not "no default", and no dataclass' factory
+    defaults = {p.name: p.default for p in parameters if isinstance(p.default, plain)}
+    return {"class": node["class"], "args": filled(json.loads(json.dumps({**defaults, **node["args"]})))}
 
 
 def resolve(name: str, *, where: str = "", trusted: tuple[str, ...] = ()) -> Callable[..., Any]:

@@ -38,7 +38,7 @@ class LdmError(Exception):
 
     def line(self) -> str:
         parts = (self.what, self.where, self.limit, self.next)
-        return f"error[{self.code}]: " + "; ".join(_one_line(part) for part in parts if part)
+        return f"error[{self.code}]: " + "; ".join(one_line(part) for part in parts if part)
 
 
 def _rebuild(code: str, what: str, where: str, limit: str, next: str, exit_code: int) -> LdmError:
@@ -67,7 +67,7 @@ def raise_all(errors: Sequence[LdmError]) -> None:
         raise errors[0] if len(errors) == 1 else LdmErrors(errors)
 
 
-def _one_line(text: str) -> str:
+def one_line(text: str) -> str:
     """Control characters escaped, so that a caption or a path can never fake a second line."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in str(text))
 

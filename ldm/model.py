@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,7 @@ class LatentDiffusion(nn.Module):
         self.autoencoder, self.conditioner, self.denoiser = autoencoder, conditioner, denoiser
         self.image_size, self.sampler = image_size, sampler
         self.source: dict[str, Any] = {}
+        self.instead: Mapping[nn.Module, Callable[..., Conditioning]] = {}  # see `condition`
 
     def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
         """[B, 3, H, W] in [-1, 1] to standardised latents [B, C, h, w]: the posterior's mean, or a draw."""
@@ -72,7 +73,7 @@ class LatentDiffusion(nn.Module):
 
         Only the fields that the network consumes.  draws: training's, for the dropout of conditions.
         """
-        given = condition(self.conditioner, {**(columns or {}), "caption": prompts}, len(prompts), draws)
+        given = condition(self.conditioner, {**(columns or {}), "caption": prompts}, len(prompts), draws, self.instead)
         return restrict(given, self.denoiser)
 
     def has_null(self, columns: Columns) -> bool:

@@ -17,6 +17,7 @@ _NOTED = {
     "world_size": _SAME_ORDER,
     "micro_batch": _SAME_ORDER,
     "threads": _SAME_ORDER,
+    "latents": _SAME_DRAWS,
 }
 
 
@@ -52,7 +53,7 @@ def compare(saved: Mapping[str, Any], now: Mapping[str, Any], allow: Sequence[st
 
 
 def notes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """A line for each difference in precision, device, world_size, micro_batch or threads: allowed, but said."""
+    """A line for each difference in the keys of `_NOTED`: allowed, but said."""
     differences = dict(_differences(saved, now))
     return [f"{differences[key]}: {meaning}" for key, meaning in _NOTED.items() if key in differences]
 

@@ -116,7 +116,8 @@ class BadSamples:
         """What a checkpoint keeps. next_slot: first slot not trained on yet; reports from there on are left out."""
         kept = [(s, r) for s, r in self._recent if next_slot is None or r.slot < next_slot]
         ahead = Counter(r.kind for _, r in self._recent) - Counter(r.kind for _, r in kept)
-        return {"counts": dict(self.counts - ahead), "recent": [[s - self._seen, *r] for s, r in kept]}
+        recent = [[s - self._seen, *r] for s, r in kept]
+        return {"counts": dict(self.counts - ahead), "recent": recent, "seen": self._seen}
 
     def merged(self, states: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """One state of those of all ranks; ages are then in samples of all."""
@@ -124,15 +125,18 @@ class BadSamples:
         for state in states:
             counts += Counter(state["counts"]) - self.before
         recent = [[len(states) * age, *report] for state in states for age, *report in state["recent"]]
-        return {"counts": dict(counts), "recent": sorted(recent, key=lambda row: row[:2])}
+        seen = sum(state["seen"] for state in states)
+        return {"counts": dict(counts), "recent": sorted(recent, key=lambda row: row[:2]), "seen": seen}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up this rank's part of a merged state."""
         self.counts, self.before = Counter(state["counts"]), Counter(state["counts"])
         mine = state["recent"][self.rank :: self.world_size]
-        self._recent = deque((int(age) // self.world_size, Bad(*report)) for age, *report in mine)
+        oldest = -min((age for age, *_ in state["recent"]), default=0)
+        self._seen = int(state.get("seen", oldest)) // self.world_size  # not kept by checkpoints of earlier versions
+        self._recent = deque((self._seen + int(age) // self.world_size, Bad(*report)) for age, *report in mine)
         self._of_slot.clear()
-        self._seen = self._consecutive = 0
+        self._consecutive = 0
 
 
 def in_words(counts: Mapping[str, int]) -> str:

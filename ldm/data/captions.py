@@ -32,8 +32,10 @@ class Captions:
         "auto" (the first of these that is there), "filename", or a text with fields of the JSON, `a logo of {title}`.
     caption_lines: each line of a .txt is a caption of its own; otherwise its lines are one.
     caption_choice: which of several captions: "first", "random" by the slot, or "cycle": the next at each use.
-    shuffle_caption: the tags between `caption_separator` in random order, the first `keep_tokens` in their places.
+    shuffle_caption: the tags between `caption_separator` in random order, the first `keep_tokens` in their places. A
+        separator with blanks of its own, " and ", is put back as it is; behind any other there is one blank.
     caption_prefix, caption_suffix: put around the result as they are.
+    on_missing_caption: "empty" takes a sample without a field of the template for one without text; else it is bad.
     Raises LdmError if a setting is unknown or a template is more than plain fields.
     """
 
@@ -45,6 +47,7 @@ class Captions:
     caption_separator: str = ","
     caption_prefix: str = ""
     caption_suffix: str = ""
+    on_missing_caption: str = "skip"
 
     def __post_init__(self) -> None:
         if self.caption not in SOURCES:
@@ -80,15 +83,18 @@ class Captions:
         txt, data: its .txt and .json.   pick: which of n captions, taken modulo n.   order: stands for the order of
         the tags.   Raises BadSample: `caption_missing` if a field of the template is not there, `caption_encoding`.
         """
-        found = self._all(key, txt, data)
+        found = self.all_of(key, txt, data)
         text = found[pick % len(found)] if found else ""
         if self.shuffle_caption:
             text = self._shuffled(text, order)
         return f"{self.caption_prefix}{text}{self.caption_suffix}".strip()
 
-    def _all(self, key: str, txt: bytes | None, data: bytes | None) -> list[str]:
+    def all_of(self, key: str, txt: bytes | None, data: bytes | None) -> list[str]:
+        """The captions of a sample, of which it gets one; see `__call__`."""
         if self.caption not in SOURCES:
-            return [self._filled(key, fields_of(data))]
+            tree = fields_of(data)
+            lacking = self.on_missing_caption == "empty" and not all(has_text(tree, path) for path in self.fields)
+            return [] if lacking else [self._filled(key, tree)]
         if self.caption == "filename":
             return [words_of(key)]
         if txt is not None and "txt" in self.members:
@@ -102,7 +108,7 @@ class Captions:
 
         def value(match: re.Match[str]) -> str:
             path = match[1]
-            return words_of(key) if path == FILENAME and FILENAME not in tree else _text_at(tree, path)
+            return words_of(key) if path == FILENAME and not has_text(tree, path) else _text_at(tree, path)
 
         return _clean(re.sub(r"\{(.*?)\}", value, self.caption))
 
@@ -111,16 +117,29 @@ class Captions:
         tags = [tag for tag in tags if tag]
         kept, loose = tags[: self.keep_tokens], tags[self.keep_tokens :]
         moved = [loose[i] for i in permutation(len(loose), order)]
-        return f"{self.caption_separator.strip()} ".join(kept + moved)
+        between = self.caption_separator
+        return (between if " " in between else f"{between} ").join(kept + moved)
 
 
 def fields_of(data: bytes | None) -> dict[str, Any]:
     """A sample's JSON as a mapping; empty where there is none that can be read."""
     try:
-        tree = json.loads(data) if data and len(data) <= MAX_JSON else {}
-    except (ValueError, RecursionError):
+        return read_fields(data) if data else {}
+    except ValueError:
         return {}
-    return tree if isinstance(tree, dict) else {}
+
+
+def read_fields(data: bytes) -> dict[str, Any]:
+    """A sample's JSON as a mapping. Raises ValueError that says why it is none."""
+    if len(data) > MAX_JSON:
+        raise ValueError(f"{len(data)} bytes, limit {MAX_JSON}")
+    try:
+        tree = json.loads(data)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    if not isinstance(tree, dict):
+        raise ValueError("not an object, {...}")
+    return tree
 
 
 def captions_in(tree: Mapping[str, Any]) -> list[str]:
@@ -151,6 +170,14 @@ def _check_template(template: str) -> None:
         if not (is_field and _FIELD.fullmatch(part[1:-1])) and ("{" in part or "}" in part):
             what, hint = f"{part!r} is no field", "plain names and dotted paths only: {title}, {marks.0.shape}"
             raise LdmError("CONFIG", what, where="data.caption", next=hint)
+
+
+def has_text(tree: Mapping[str, Any], path: str) -> bool:
+    """Whether a template can name the dotted path `path` of a sample's JSON."""
+    try:
+        return bool(_text_at(tree, path))
+    except BadSample:
+        return False
 
 
 def _text_at(tree: Mapping[str, Any], path: str) -> str:

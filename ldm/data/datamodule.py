@@ -5,18 +5,23 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytorch_lightning as pl
 from PIL import ImageColor
-from torch import Tensor
 
 from ldm.data.bad_samples import Bad, BadSamples
+from ldm.data.buckets import Assignment, BucketOrder, in_words, read_settings, report
 from ldm.data.captions import Captions
+from ldm.data.columns import checked
 from ldm.data.loader import FiniteStream, Stream
-from ldm.data.order import Order, check_cut
-from ldm.data.pipeline import SIZE, PassPlan, Plan, TrainPlan, stages
+from ldm.data.moments import Moments
+from ldm.data.order import Ids, Order, check_cut
+from ldm.data.pipeline import BucketPass, ListPass, PassPlan, Plan, TrainPlan, stages
+from ldm.data.remote import Remote
 from ldm.data.shards import Dataset
 from ldm.data.splits import open_splits
 from ldm.data.transforms import Transform
@@ -24,36 +29,39 @@ from ldm.errors import LdmError
 from ldm.random import run_key
 from ldm.types import Check
 
-Moments = tuple[Tensor, Tensor]
-"""[N, 2C, h, w] (see `Batch`) by sample id, and [N] bool: whether the sample could be encoded."""
-
 
 class DataModule(pl.LightningDataModule):
     """Captioned pictures from shards or a folder.
 
-    path, val_path, repeats: see `ldm.data.shards.open_dataset`. Without val_path, validation uses the `val-*.tar` of
-    the folders, else the share `val_fraction` of the samples by the hash of their keys; at most `max_val_samples`.
+    path, val_path, repeats, weights: see `ldm.data.shards.open_dataset`. Without val_path, validation uses the
+    `val-*.tar` of the folders, else the share `val_fraction` of the samples by the hash of their keys; at most
+    `max_val_samples`.
     max_train_samples: train on so many samples only, chosen by the hash of their keys; None = all.
     image_size, crop, flip_prob, upscale, background: see `ldm.data.transforms.Transform`.
+    bucket: aspect-ratio buckets, off without `enable_bucket: true`; see `ldm.data.buckets.Buckets`.
     lanes, window_mb, remainder: see `ldm.data.order.Order`.
     max_bad_fraction, max_consecutive_bad, strict: the budget, see `ldm.data.bad_samples.BadSamples`.
     on_missing_caption: "skip", "empty" or "error".   on_truncated: "refuse" or "use".
     caption, caption_lines, caption_choice, shuffle_caption, keep_tokens, caption_separator, caption_prefix,
         caption_suffix: see `ldm.data.captions.Captions`.   index_dir: where indexes are kept.
-    columns: further conditions of a sample by name, as fields of its JSON: a dotted path such as `marks.0.shape`. A
-        sample without the field is bad. `@size` stands for the picture's size and crop as SDXL is told of them.
+    cache: a folder that `python -m ldm cache` wrote, for the diffusion stage: see `ldm.data.cache`.
+    remote: fetches shards at http(s) URLs, see `ldm.data.remote.Remote`; None = there are none.
+    columns: further values of a sample by name: fields of its JSON, other pictures, masks or arrays, see
+        `ldm.data.columns`. A sample without one is bad.
     """
 
     def __init__(
         self,
         path: str | Sequence[str],
         val_path: str | Sequence[str] | None = None,
-        repeats: int | Sequence[int] | None = None,
+        repeats: float | Sequence[float] | None = None,
+        weights: Sequence[float] | None = None,
         image_size: int = 64,
         crop: str = "center",
         flip_prob: float = 0.0,
         upscale: bool = True,
         background: str = "white",
+        bucket: Mapping[str, Any] | None = None,
         lanes: int | None = None,
         window_mb: float = 256,
         remainder: str = "carry",
@@ -75,9 +83,12 @@ class DataModule(pl.LightningDataModule):
         max_train_samples: int | None = None,
         index_dir: str | None = None,
         columns: Mapping[str, str] | None = None,
+        remote: Remote | None = None,
+        cache: str | None = None,
     ) -> None:
         super().__init__()
         self.transform = Transform(image_size, crop, flip_prob, upscale, _colour(background))
+        self.buckets = read_settings(bucket, image_size)
         self.lanes, self.window_mb, self.remainder = lanes, window_mb, remainder
         self.max_bad_fraction, self.max_consecutive_bad, self.strict = max_bad_fraction, max_consecutive_bad, strict
         self.captions = Captions(
@@ -89,8 +100,10 @@ class DataModule(pl.LightningDataModule):
             caption_separator,
             caption_prefix,
             caption_suffix,
+            on_missing_caption,
         )
-        self.columns = _checked_columns(columns or {})
+        self.columns = checked(columns or {})
+        self.cache = cache
         self._opening: dict[str, Any] = {
             "path": path,
             "val_path": val_path,
@@ -100,12 +113,16 @@ class DataModule(pl.LightningDataModule):
             "max_bad_fraction": max_bad_fraction,
             "strict": strict,
             "index_dir": index_dir,
+            "remote": remote,
             "caption": caption,
             "repeats": repeats,
+            "weights": weights,
             "on_missing_caption": on_missing_caption,
             "on_truncated": on_truncated,
+            "columns": self.columns,
         }
         self._sets: dict[str, Dataset | None] = {}
+        self._assigned: dict[str, Assignment] = {}
         self._moments: dict[str, Moments] = {}
         self._checks: Mapping[str, Sequence[Check]] = {}
         self._run: dict[str, Any] = {}
@@ -136,6 +153,29 @@ class DataModule(pl.LightningDataModule):
         val = self.open()._sets["val"]
         return val.num_samples if val is not None else 0
 
+    def assigned(self, split: str) -> Assignment | None:
+        """The split's samples by bucket, None without buckets."""
+        if self.buckets is None:
+            return None
+        if split not in self._assigned:
+            self._assigned[split] = self.buckets.assign(self.dataset(split).image_sizes)
+        return self._assigned[split]
+
+    def target_sizes(self, split: str) -> Ids:
+        """[N, 2] width and height in pixels that the split's pictures are brought to."""
+        assigned = self.assigned(split)
+        if assigned is not None:
+            return assigned.sizes[assigned.of]
+        return np.broadcast_to(np.array(self.transform.square), (self.dataset(split).num_samples, 2))
+
+    def bucket_report(self) -> str | None:
+        """One line about the buckets of the training set, None without buckets."""
+        order = self._configured()["order"]
+        if not isinstance(order, BucketOrder):
+            return None
+        train = self.dataset("train")
+        return in_words(report(order.assigned, train.image_sizes), order, train.repeats, self.transform.crop)
+
     @property
     def problems(self) -> Counter[str]:
         """What the index of the training data left out or remarked on, by kind."""
@@ -155,12 +195,15 @@ class DataModule(pl.LightningDataModule):
     def order_fingerprint(self) -> dict[str, Any]:
         """All that the order of samples depends on, apart from seed and batch size."""
         lanes = self._run["order"].lanes if self._run else self.lanes
+        repeats = self.dataset("train").repeats
+        uses = {} if (repeats == 1).all() else {"uses": hashlib.sha256(np.ascontiguousarray(repeats)).hexdigest()}
         return {
             "lanes": lanes,
             "window_mb": self.window_mb,
             "remainder": self.remainder,
             "num_train": self.num_train,
             "manifest": self.manifest_hash,
+            **uses,
         }
 
     # ---- streams -----------------------------------------------------------------------------------------------
@@ -182,16 +225,27 @@ class DataModule(pl.LightningDataModule):
         """Fix this process's part of the run. batch_size: global, per optimizer step."""
         check_cut(batch_size, world_size, accumulate)
         train = self.dataset("train")
-        order = Order(
-            train.shard_lengths,
-            train.sizes,
-            seed=seed,
-            batch_size=batch_size,
-            lanes=self.lanes,
-            window_mb=self.window_mb,
-            remainder=self.remainder,
-            repeats=train.repeats,
-        )
+
+        def order_of(part: Dataset, lanes: int | None, window_mb: float) -> Order:
+            return Order(
+                part.shard_lengths,
+                part.sizes,
+                seed=seed,
+                batch_size=batch_size,
+                lanes=lanes,
+                window_mb=window_mb,
+                remainder=self.remainder,
+                repeats=part.repeats,
+            )
+
+        base, assigned = order_of(train, self.lanes, self.window_mb), self.assigned("train")
+        order: Order | BucketOrder = base
+        if assigned is not None:
+
+            def part(rows: Ids, lanes: int, window_mb: float) -> Order:
+                return order_of(train.take(rows), lanes, window_mb)
+
+            order = BucketOrder(base, assigned, part, uses=train.repeats, sizes=train.sizes, window_mb=self.window_mb)
         self.ledger = BadSamples(
             max_fraction=self.max_bad_fraction,
             max_consecutive=self.max_consecutive_bad,
@@ -216,10 +270,10 @@ class DataModule(pl.LightningDataModule):
     def use_moments(self, train: Moments, val: Moments | None = None) -> None:
         """Stream encoded pictures instead of pixels: the streams then read captions only."""
         self._moments = {"train": train} if val is None else {"train": train, "val": val}
-        for split, (moments, usable) in self._moments.items():
-            expected = self.dataset(split).num_samples
-            if len(moments) != expected or len(usable) != expected:
-                raise ValueError(f"{len(moments)} moments for {expected} samples of {split}")
+        for split, moments in self._moments.items():
+            found, expected = len(moments.usable), self.dataset(split).num_samples
+            if found != expected:
+                raise ValueError(f"{found} moments for {expected} samples of {split}")
 
     def check_columns(self, checks: Mapping[str, Sequence[Check]]) -> None:
         """What the model demands of each column's values. A sample that fails is bad, of the kind `column_value`."""
@@ -229,26 +283,46 @@ class DataModule(pl.LightningDataModule):
         """Endless, from the configured step on, under the budget."""
         run = self._configured()
         transform = Transform(**{**vars(self.transform), "key": run["key"]})
-        return self._stream("train", run["plan"], transform, start=run["start"], ledger=self.ledger)
+        plan = run["plan"]
+        if isinstance(plan.order, BucketOrder) and "train" in self._moments:
+            plan = replace(plan, order=plan.order.without_borrowing())
+        return self._stream("train", plan, transform, start=run["start"], ledger=self.ledger)
 
     def val_dataloader(self, batch_size: int = 16) -> Stream | list[Any]:
-        """Every validation sample once, in order, `batch_size` per rank; equally many batches on every rank.
+        """Every validation sample once, in order, `batch_size` per rank; equally many batches on every rank. With
+        buckets one bucket after the other, and fewer in the last batch of each.
 
         Padding and bad samples are not valid. Without validation data: an empty list.
         """
         if not self.num_val:
             return []
-        plan = PassPlan(self.num_val, batch_size, **self._configured()["ranks"], pad=True)
+        plan = self._pass("val", batch_size, **self._configured()["ranks"], pad=True)
         return self._stream("val", plan, self.transform.without_chance())
 
-    def encode_dataloader(self, split: str, batch_size: int, *, sharded: bool = False) -> Stream:
-        """Every picture of a split once in id order, without augmentation; what cannot be decoded is not valid.
+    def encode_dataloader(
+        self, split: str, batch_size: int, *, sharded: bool = False, chosen: Ids | None = None
+    ) -> Stream:
+        """Every picture of a split once, without augmentation, in id order, with buckets one bucket after the other;
+        what cannot be decoded is not valid.
 
+        No text is read: one that is bad does not keep its picture from being encoded.
         sharded: rank r takes r, r + R, ...; the last batch may be short.
+        chosen: these samples alone, with buckets of one of them, in their order; slots count them.
         """
+        if chosen is not None:
+            assigned = self.assigned(split)
+            bucket = None if assigned is None else assigned.size(int(assigned.of[chosen[0]]))
+            plan: Plan = ListPass(chosen, batch_size, bucket)
+            return self._stream(split, plan, self.transform.without_chance(), use_moments=False)
         ranks = self._configured()["ranks"] if sharded else {}
-        plan = PassPlan(self.dataset(split).num_samples, batch_size, **ranks)
+        plan = self._pass(split, batch_size, **ranks)
         return self._stream(split, plan, self.transform.without_chance(), use_moments=False)
+
+    def _pass(self, split: str, batch_size: int, **ranks: Any) -> Plan:
+        assigned = self.assigned(split)
+        if assigned is not None:
+            return BucketPass(assigned, batch_size, **ranks)
+        return PassPlan(self.dataset(split).num_samples, batch_size, **ranks)
 
     def _stream(
         self,
@@ -260,16 +334,15 @@ class DataModule(pl.LightningDataModule):
         ledger: BadSamples | None = None,
         use_moments: bool = True,
     ) -> Stream:
-        moments, usable = self._moments.get(split, (None, None)) if use_moments else (None, None)
+        captions = self.captions if plan.num_batches is None else self.captions.without_chance()
         pipeline = stages(
             self.dataset(split),
             plan,
             transform,
             start=start,
             max_attempts=0 if self.strict else self.max_consecutive_bad,
-            captions=self.captions if plan.num_batches is None else self.captions.without_chance(),
-            moments=moments,
-            usable=usable,
+            captions=captions if use_moments else None,
+            moments=self._moments.get(split) if use_moments else None,
             columns=self.columns if use_moments else None,
             checks=self._checks,
         )
@@ -280,19 +353,6 @@ class DataModule(pl.LightningDataModule):
         if not self._run:
             raise RuntimeError("call configure() before asking for a stream")
         return self._run
-
-
-def _checked_columns(columns: Mapping[str, str]) -> dict[str, str]:
-    for name, path in columns.items():
-        known = path == SIZE or (isinstance(path, str) and all(path.split(".")) and not path.startswith("@"))
-        if name == "caption" or not known:
-            raise LdmError(
-                "CONFIG",
-                f"{path!r} is no field for the column {name!r}",
-                where="data.columns",
-                next=f"a dotted path in the samples' JSON, or {SIZE}; the caption is no column",
-            )
-    return dict(columns)
 
 
 def _colour(name: str) -> tuple[int, int, int]:

@@ -18,6 +18,7 @@ from io import BytesIO
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageCms, ImageFile
 
 FORMATS = ("JPEG", "PNG", "WEBP")
@@ -28,6 +29,7 @@ MAX_ASPECT = 20
 MAX_CAPTION = 8192  # characters: many times what any text encoder reads
 MAX_PROFILE = 4 * 2**20  # bytes
 MAX_JSON = 2**20  # bytes: a tree in memory is many times its text
+MAX_ARRAY = 4 * 2**20  # bytes of a .npy
 SAME_COLOURS = 2  # levels of 255: a profile that moves no colour further than this counts as sRGB
 
 # Everything that Pillow's readers raise on malformed input.
@@ -53,6 +55,10 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 _ORIENTATION = 0x0112
+_ARRAY_HEADER = re.compile(
+    rb"\{'descr': '([<>|](?:f[248]|[iu][1248]|b1))', 'fortran_order': (True|False), "
+    rb"'shape': \((\d{1,9},|\d{1,9}(?:, \d{1,9}){1,2})\), \}\s*"
+)
 _ToSrgb = Callable[[Image.Image], Image.Image]
 
 
@@ -64,12 +70,17 @@ class BadSample(Exception):
         super().__init__(kind, reason)
 
 
-def decode_image(data: bytes, *, background: tuple[int, int, int] = (255, 255, 255), at_least: int = 0) -> Image.Image:
+def decode_image(
+    data: bytes, *, background: tuple[int, int, int] = (255, 255, 255), at_least: int = 0, profile: bool = True
+) -> Image.Image:
     """The first frame, upright, in sRGB, transparency laid on `background`: mode RGB.
 
     at_least: short side in pixels that the caller needs; a JPEG more than twice as large is decoded at a fraction.
+    profile: whether an embedded one is applied.
     """
     image = open_image(data)
+    if not profile:
+        image.info.pop("icc_profile", None)
     if at_least and image.format in ("JPEG", "MPO"):
         image.draft(None, (2 * at_least, 2 * at_least))
     try:
@@ -79,6 +90,44 @@ def decode_image(data: bytes, *, background: tuple[int, int, int] = (255, 255, 2
     except _MALFORMED as error:
         raise BadSample("decode", _words(error)) from error
     return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
+
+
+def decode_mask(data: bytes, *, at_least: int = 0) -> Image.Image:
+    """A picture whose luminance is a mask, upright: mode L, 255 = counts. What is transparent does not count.
+
+    Its values are data, not colours: an embedded profile is not applied.
+    """
+    return decode_image(data, background=(0, 0, 0), at_least=at_least, profile=False).convert("L")
+
+
+def decode_array(data: bytes) -> NDArray[np.float32]:
+    """Finite numbers of a .npy, float32 in its shape. Raises BadSample, `decode`; see `read_array_header`."""
+    shape, columns_first, kind, start = read_array_header(data)
+    with np.errstate(over="ignore"):  # what is too large becomes infinite, and is refused
+        values = np.frombuffer(data, dtype=kind, offset=start).astype(np.float32)
+    if not np.isfinite(values).all():
+        raise BadSample("decode", "the array holds numbers that are not finite in float32")
+    return np.ascontiguousarray(values.reshape(shape, order="F" if columns_first else "C"))
+
+
+def read_array_header(data: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
+    """Shape, whether columns come first, type and first byte of a .npy of plain numbers with 1 to 3 dimensions.
+
+    The file must have just the bytes that its header announces. The header is matched, not evaluated; what numpy
+    would unpickle, an array of objects, does not match.
+    Source: the description of the format in numpy.lib.format.
+    """
+    if len(data) > MAX_ARRAY:
+        raise BadSample("size_policy", f"{len(data)} bytes, limit of an array {MAX_ARRAY}")
+    announced = int.from_bytes(data[8:10], "little")
+    header = _ARRAY_HEADER.fullmatch(data[10 : 10 + announced])
+    if data[:8] != b"\x93NUMPY\x01\x00" or header is None:
+        raise BadSample("decode", f"no .npy of plain numbers in 1 to 3 dimensions; its header: {data[10:80]!r}")
+    kind, start = np.dtype(header[1].decode("ascii")), 10 + announced
+    shape = tuple(int(length) for length in re.findall(rb"\d+", header[3]))
+    if min(shape) < 1 or math.prod(shape) * kind.itemsize != len(data) - start:
+        raise BadSample("decode", f"{kind} {list(shape)} in {len(data) - start} bytes")
+    return shape, header[2] == b"True", kind, start
 
 
 def open_image(data: bytes) -> Image.Image:
@@ -229,10 +278,14 @@ def decode_caption(data: bytes) -> str:
     return " ".join(text.split())[:MAX_CAPTION].rstrip()
 
 
-def decode_columns(data: bytes | None, fields: Mapping[str, str]) -> dict[str, str | int | float | bool]:
+Value = str | int | float | bool | NDArray[np.float32]
+
+
+def decode_columns(data: bytes | None, fields: Mapping[str, str]) -> dict[str, Value]:
     """The values of a sample's JSON that `fields` names: a column's name -> its dotted path, `marks.0.shape`.
 
-    Raises BadSample, `column_missing`, if there is no JSON, no such field, or no single text, number or truth value.
+    A list of numbers is a vector, float32. Raises BadSample, `column_missing`, if there is no JSON, no such field, or
+    it holds no text, number, truth value or vector.
     """
     if not fields:
         return {}
@@ -247,7 +300,7 @@ def decode_columns(data: bytes | None, fields: Mapping[str, str]) -> dict[str, s
     return {name: _field(tree, path) for name, path in fields.items()}
 
 
-def _field(tree: Any, path: str) -> str | int | float | bool:
+def _field(tree: Any, path: str) -> Value:
     value = tree
     for step in path.split("."):
         if isinstance(value, dict) and step in value:
@@ -256,11 +309,25 @@ def _field(tree: Any, path: str) -> str | int | float | bool:
             value = value[int(step)]
         else:
             raise BadSample("column_missing", f"the .json has no field {path!r}")
+    if isinstance(value, list) and value and all(type(number) in (int, float) for number in value):
+        return _vector(value, path)
     if isinstance(value, float) and not math.isfinite(value):
         raise BadSample("column_missing", f"the field {path!r} is not a finite number")
     if not isinstance(value, str | int | float | bool) or (isinstance(value, str) and len(value) > MAX_CAPTION):
-        raise BadSample("column_missing", f"the field {path!r} is not a single text, number or truth value")
+        raise BadSample("column_missing", f"the field {path!r} is no text, number, truth value or list of numbers")
     return value
+
+
+def _vector(numbers: list[int | float], path: str) -> NDArray[np.float32]:
+    try:
+        with np.errstate(over="ignore"):
+            vector = np.array([float(number) for number in numbers]).astype(np.float32)
+        finite = bool(np.isfinite(vector).all())
+    except OverflowError:
+        finite = False
+    if not finite:
+        raise BadSample("column_missing", f"the field {path!r} holds numbers that are not finite in float32")
+    return vector
 
 
 def _words(error: Exception) -> str:

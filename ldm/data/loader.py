@@ -57,6 +57,8 @@ class Stream:
     def __iter__(self) -> Iterator[Batch]:
         plan, batches = self.source.plan, self._batches()
         for j, (batch, reports) in zip(count(self.source.start), batches, strict=False):
+            if isinstance(batch, LdmError):  # of a worker: raised there, it would lose its words
+                raise batch
             check_slots(batch, plan, j)
             if self.ledger is not None:
                 self.ledger.update(batch.slots.tolist(), reports)

@@ -1,7 +1,7 @@
 """What a folder says about its pictures beside their sidecars: metadata tables, classes, repeats.
 
 `metadata.jsonl` and `metadata.csv` are those of the imagefolder convention: a row per picture, named by `file_name`
-relative to the table.
+relative to the table; `mask_file_name` and the like name further files of it.
 """
 
 from __future__ import annotations
@@ -11,38 +11,64 @@ import json
 import math
 import posixpath
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ldm.data.captions import TEXT_FIELDS
 
 TABLES = ("metadata.jsonl", "metadata.csv")  # of two in one folder the first is taken
+FURTHER = "_file_name"  # of a column that names another file of the picture, relative to the table
 _MAX_LINE = 2**20
 _WHOLE = re.compile(r"[+-]?(0|[1-9]\d{0,17})")
 _DECIMAL = re.compile(r"[+-]?((0|[1-9]\d{0,17})(\.\d*)?|\.\d+)([eE][+-]?\d{1,3})?")
-_REPEATED = re.compile(r"([1-9]\d{0,4})_(.+)", re.DOTALL)
+_NUMBERED = re.compile(r"([0-9]{1,18})_(.+)", re.DOTALL)
+MAX_REPEATS = 1000  # a larger number before a folder's name is a year or a code
 
 Row = dict[str, Any]
 Remark = Callable[[str, str], None]
 """Called with the table's name and what is wrong."""
 
 
-def class_of(key: str) -> str | None:
-    """The class of a picture: the folder that it lies in, of `10_fox` the `fox`. None at the top."""
-    folder = key.rpartition("/")[0].rpartition("/")[2]
-    return (repeated(folder) or (1, folder))[1] or None
+class Class(NamedTuple):
+    """What a folder of pictures stands for. name: "" at the top.   repeats: of kohya's `10_fox` the ten, else None.
+
+    numbered: the name begins with a number that is no count of repeats.
+    """
+
+    name: str
+    repeats: int | None = None
+    numbered: bool = False
 
 
-def repeated(folder: str) -> tuple[int, str] | None:
-    """kohya's folders: `10_fox` is (10, "fox"), each picture ten times an epoch. A number with leading zeros counts
-    folders, not repeats."""
-    match = _REPEATED.fullmatch(folder)
-    return (int(match[1]), match[2]) if match else None
+def classes_of(folders: Iterable[str]) -> dict[str, Class]:
+    """What each of all the folders that hold pictures stands for, by their names relative to the set.
+
+    Folders side by side are kohya's when every one is `N_name`, N from 1 to 1000 without leading zeros, and the
+    numbers do not merely count the folders: three or more that follow one another, each once, are numbering.
+    """
+    beside: defaultdict[str, list[str]] = defaultdict(list)
+    for folder in folders:
+        beside[folder.rpartition("/")[0] if folder else "\0"].append(folder)  # the top lies beside none
+    found: dict[str, Class] = {}
+    for level in beside.values():
+        parts = {folder: _NUMBERED.fullmatch(folder.rpartition("/")[2]) for folder in level}
+        numbers = sorted(int(match[1]) for match in parts.values() if match)
+        written = all(match and match[1][0] != "0" for match in parts.values())
+        counting = len(numbers) > 2 and numbers == list(range(numbers[0], numbers[0] + len(numbers)))
+        kohyas = written and not counting and numbers[-1] <= MAX_REPEATS
+        for folder, match in parts.items():
+            name = folder.rpartition("/")[2]
+            found[folder] = Class(match[2], int(match[1])) if kohyas and match else Class(name, numbered=bool(match))
+    return found
 
 
 def rows_below(folder: Path, files: Iterable[str], remark: Remark) -> dict[str, Row]:
-    """Fields by picture, named as in `files`. Several rows of one picture give its captions as a list."""
+    """Fields by picture, named as in `files`; so are the files in `mask_file_name` and the like.
+
+    Several rows of one picture give its captions as a list.
+    """
     known = set(files)
     found: dict[str, Row] = {}
     taken: set[str] = set()
@@ -62,7 +88,14 @@ def rows_below(folder: Path, files: Iterable[str], remark: Remark) -> dict[str, 
             picture = posixpath.normpath(posixpath.join(place, name.replace("\\", "/")))
             if picture not in known:  # also all that leads out of the folder
                 remark(table, f"line {number}: there is no {name[:100]!r} here")
-            elif picture in found:
+                continue
+            for column in [c for c, value in row.items() if c.endswith(FURTHER) and isinstance(value, str)]:
+                other = posixpath.normpath(posixpath.join(place, row[column].replace("\\", "/")))
+                if other not in known:
+                    remark(table, f"line {number}: there is no {row.pop(column)[:100]!r} here")
+                else:
+                    row[column] = other
+            if picture in found:
                 _join_captions(found[picture], row)
             else:
                 found[picture] = row

@@ -12,27 +12,31 @@ import json
 import os
 import zlib
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ldm.data import paths
-from ldm.data.captions import FILENAME, SOURCES, TEXT_FIELDS, Captions, words_of
+from ldm.data.captions import FILENAME, SOURCES, TEXT_FIELDS, Captions, fields_of, has_text, words_of
+from ldm.data.columns import checked, kind_of
 from ldm.data.decode import BadSample
-from ldm.data.index import BAD_KINDS, FIELDS, PICTURES, RECORDS, Index, Problem, index_all
-from ldm.data.metadata import TABLES, class_of, repeated
+from ldm.data.index import FIELDS, MAX_FIELDS, PICTURES, RECORDS, SHOWN, Index, Problem, classes_of, index_all, save
+from ldm.data.metadata import TABLES
+from ldm.data.mixture import check_weights, mixed, per_item, repeats_of
+from ldm.data.packed import Picked
+from ldm.data.remote import Remote
+from ldm.data.web import Unreachable
 from ldm.errors import LdmError, nearest
-
-_SHOWN = 10  # examples of a kind
-_MAX_REPEATS = 99_999
 
 
 class Dataset:
     """Valid samples in a fixed order, read by number.
 
-    keys: [N].   members, image sizes: as in `Index`.   shard_of: [N], index into `shards`.
+    keys: [N].   shard_of, row_of: [N] int32, the number in `shards`, and the row in that one of `indexes`.
+    image_sizes: [N, 2] int32, upright width and height.
     repeats: [N], how often an epoch uses each sample.   manifest: (name, sha256) per shard.
     problems: how many members and samples were left out, by kind.   remarks: what was inferred, sentences for a person.
     """
@@ -44,22 +48,25 @@ class Dataset:
         *,
         problems: Counter[str] | None = None,
         examples: list[Problem] | None = None,
-        repeats: NDArray[np.int64] | None = None,
+        repeats: NDArray[np.float64] | None = None,
         remarks: Sequence[str] = (),
+        rows: Sequence[NDArray[np.int64] | None] | None = None,
+        remote: Remote | None = None,
     ) -> None:
-        self.shards = shards
+        """rows: for each shard those of its index that are taken, rising, or None for all."""
+        self.shards, self.indexes = shards, indexes
         self.manifest = [(shard.name, index.sha256) for shard, index in zip(shards, indexes, strict=True)]
-        self.keys = [key for index in indexes for key in index.keys]
-        self.members = np.concatenate([index.members for index in indexes])
-        self.image_sizes = np.concatenate([index.sizes for index in indexes])
-        self.shard_of = np.repeat(np.arange(len(shards)), [len(index.keys) for index in indexes])
+        chosen = rows or [None] * len(indexes)
+        taken = [_taken(index, some).astype(np.int32) for index, some in zip(indexes, chosen, strict=True)]
+        self.row_of = np.concatenate([*taken, np.empty(0, np.int32)])
+        self.shard_of = np.repeat(np.arange(len(shards), dtype=np.int32), [len(some) for some in taken])
+        self.keys = Picked([index.keys for index in indexes], self.shard_of, self.row_of)
+        self.image_sizes = self._column(lambda index: index.sizes)
         self.problems = problems or Counter()
         self.examples = examples or []
-        self.repeats = np.ones(len(self.keys), dtype=np.int64) if repeats is None else repeats
+        self.repeats = np.broadcast_to(np.float64(1), len(self.keys)) if repeats is None else repeats
         self.remarks = list(remarks)
-        self._files = [index.files for index in indexes]
-        self._records = [index.records for index in indexes]
-        self._handles = _Handles()
+        self._handles = Handles(remote.open if remote else io.FileIO)
 
     @property
     def num_samples(self) -> int:
@@ -67,8 +74,22 @@ class Dataset:
 
     @property
     def sizes(self) -> NDArray[np.int64]:
-        """[N], bytes of each sample."""
-        return np.maximum(self.members[:, :, 1], 0).sum(axis=1)
+        """[N], bytes of each sample's image, txt and json."""
+        return self._column(lambda index: index.members["size"].sum(axis=1, dtype=np.int64))
+
+    @property
+    def digests(self) -> NDArray[np.uint64]:
+        """[N], a hash of each key, see `Index`."""
+        return self._column(lambda index: index.digests)
+
+    def _column(self, of: Callable[[Index], NDArray[Any]]) -> NDArray[Any]:
+        """A value for each sample, from those for each row of the indexes."""
+        parts = [of(index) for index in self.indexes]
+        whole = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        if len(whole) == len(self.row_of):  # rows rise, so all are taken
+            return whole
+        starts = np.cumsum([0, *map(len, parts[:-1])])
+        return whole[starts[self.shard_of] + self.row_of]
 
     @property
     def widths(self) -> NDArray[np.int64]:
@@ -86,30 +107,31 @@ class Dataset:
     def manifest_hash(self) -> str:
         return hashlib.sha256(json.dumps(self.manifest).encode()).hexdigest()
 
-    @property
-    def num_rejected(self) -> int:
-        """Samples of the shards that are not in this dataset because something is wrong with them."""
-        return sum(self.problems[kind] for kind in BAD_KINDS)
-
     def json_for(self, captions: Captions) -> bool:
         """Whether captions need the JSON: that of a sample with a .txt is not read for them."""
-        return "json" in captions.members and ("txt" not in captions.members or bool((self.members[:, 1, 0] < 0).any()))
+        return "json" in captions.members and ("txt" not in captions.members or self._lacks_text())
+
+    def _lacks_text(self) -> bool:
+        return bool(self._column(lambda index: index.members["offset"][:, FIELDS.index("txt")] < 0).any())
 
     def shard_name(self, sample_id: int) -> str:
         return self.shards[self.shard_of[sample_id]].name
 
     def read(self, sample_id: int, fields: Iterable[str] = FIELDS) -> dict[str, bytes]:
-        """The bytes of those of `fields` (image, txt, json) that the sample has, compared with their checksums.
+        """The bytes of those of `fields` that the sample has, compared with their checksums.
+
+        fields: image, txt, json, or what follows the key in the name of a further member: `.mask.png`.
 
         Raises BadSample: `fetch` if the file cannot be read, `truncated_shard` if it became shorter, `decode` if its
         bytes changed since the index was made.
         """
-        shard = int(self.shard_of[sample_id])
+        shard, row = int(self.shard_of[sample_id]), int(self.row_of[sample_id])
         found = {}
         for name in fields:
-            offset, size, crc = (int(v) for v in self.members[sample_id, FIELDS.index(name)])
-            if offset < 0:
+            place = self.indexes[shard].place(row, name)
+            if place is None:
                 continue
+            offset, size, crc = place
             data = self._bytes(shard, offset, size)
             if len(data) != size:
                 raise BadSample("truncated_shard", f"{name}: {len(data)} of {size} bytes are left")
@@ -120,42 +142,51 @@ class Dataset:
 
     def _bytes(self, shard: int, offset: int, size: int) -> bytes:
         if offset >= RECORDS:
-            return self._records[shard][offset - RECORDS :][:size]
+            return self.indexes[shard].records[offset - RECORDS : offset - RECORDS + size].tobytes()
         try:
-            if self._files[shard]:
-                with open(self.shards[shard] / self._files[shard][offset], "rb") as file:
+            if files := self.indexes[shard].files:
+                with open(self.shards[shard] / files[offset], "rb") as file:
                     return file.read(size + 1)
             return os.pread(self._handles.get(self.shards[shard]), size, offset)
         except OSError as error:
             raise BadSample("fetch", f"{type(error).__name__}: {error.strerror}") from error
+        except Unreachable as error:
+            raise BadSample("fetch", str(error)) from error
 
     def take(self, ids: Sequence[int] | NDArray[np.int64]) -> Dataset:
         """The same shards with the samples `ids` (increasing) only."""
         rows = np.asarray(ids, dtype=np.int64)
         part = Dataset.__new__(Dataset)
-        part.__dict__.update(self.__dict__, keys=[self.keys[i] for i in rows], _handles=_Handles())
-        part.members, part.image_sizes = self.members[rows], self.image_sizes[rows]
-        part.shard_of, part.repeats = self.shard_of[rows], self.repeats[rows]
+        part.__dict__.update(self.__dict__, _handles=self._handles.anew())
+        part.row_of, part.shard_of = self.row_of[rows], self.shard_of[rows]
+        part.keys = Picked(self.keys.parts, part.shard_of, part.row_of)
+        part.image_sizes, part.repeats = self.image_sizes[rows], self.repeats[rows]
         return part
 
 
-class _Handles:
+class Handles:
     """Open files, a bounded number per process. `pread` moves no shared position, so forks may share them."""
 
-    def __init__(self, limit: int = 128) -> None:
-        self._limit = limit
+    def __init__(self, opener: Callable[[Path], io.FileIO] = io.FileIO, limit: int = 128) -> None:
+        self._opener, self._limit = opener, limit
         self._open: OrderedDict[Path, io.FileIO] = OrderedDict()
+
+    def anew(self) -> Handles:
+        return Handles(self._opener, self._limit)
 
     def get(self, path: Path) -> int:
         if path not in self._open:
-            self._open[path] = io.FileIO(path)
+            self._open[path] = self._opener(path)
+            if self._opener is not io.FileIO:  # a shard that its cache gave up keeps its room on the disk until closed
+                for gone in [p for p, file in self._open.items() if not os.fstat(file.fileno()).st_nlink]:
+                    self._open.pop(gone).close()
             if len(self._open) > self._limit:
                 self._open.popitem(last=False)[1].close()
         self._open.move_to_end(path)
         return self._open[path].fileno()
 
     def __reduce__(self):  # another process opens its own
-        return _Handles, (self._limit,)
+        return Handles, (self._opener, self._limit)
 
 
 def open_dataset(
@@ -164,9 +195,12 @@ def open_dataset(
     split: str | None = None,
     index_dir: str | None = None,
     caption: str = "auto",
-    repeats: int | Sequence[int] | None = None,
+    repeats: float | Sequence[float] | None = None,
+    weights: Sequence[float] | None = None,
     on_missing_caption: str = "skip",
     on_truncated: str = "refuse",
+    columns: Mapping[str, str] | None = None,
+    remote: Remote | None = None,
     where: str = "data.path",
 ) -> Dataset:
     """Index everything under `path` and return its valid samples.
@@ -176,49 +210,83 @@ def open_dataset(
     index_dir: default `.ldm-index` beside the shards, or the user's cache where that cannot be written.
     caption: where captions come from, see `ldm.data.captions.Captions`.
     repeats: how often an epoch uses each sample, one number or one for each item of `path`; None = as the folders'
-        names say (`10_fox`), else once.
+        names say (`10_fox`), else once. With 0.5 half of the samples are used, each in its turn.
+    weights: the share of an epoch that each item of `path` has, as numbers in proportion. Every sample is used at least
+        once, those of sets that are small for their weight more often.
     on_missing_caption: "skip", "empty" or "error".   on_truncated: "refuse" or "use" what is complete.
+    columns: see `ldm.data.datamodule.DataModule`; a field that no sample has is refused.
+    remote: fetches shards at http(s) URLs; None = URLs are refused.
     Raises LdmError that names every shard that cannot be used, in one report.
     """
     _choose("data.on_missing_caption", on_missing_caption, ("skip", "empty", "error"))
     _choose("data.on_truncated", on_truncated, ("refuse", "use"))
     captions = Captions(caption)
-    numbers = _per_item(repeats, len(paths.items_of(path)))
-    sets = paths.sets_of(path, split=split, where=where)
+    items = paths.items_of(path)
+    numbers = per_item(repeats, len(items))
+    check_weights(weights, repeats, len(items))
+    apart = weights is not None or (numbers is not None and not isinstance(repeats, int | float))
+    sets = paths.sets_of(path, split=split, where=where, apart=apart, remote=remote)
     shards = list(sets)
-    indexes = index_all(shards, Path(index_dir) if index_dir else None)
-    _refuse_unusable(shards, indexes, on_truncated, where)
-    _refuse_unknown_fields(captions, indexes)
+    indexes = index_all(shards, Path(index_dir) if index_dir else None, remote)
+    _refuse_unusable(shards, indexes, on_truncated, where, remote)
+    _refuse_unknown_fields(captions, checked(columns or {}), indexes)
+    if on_missing_caption != "empty":
+        _look_for_texts(shards, indexes, captions.fields, Path(index_dir) if index_dir else None, remote)
     problems, examples = Counter[str](), []
-    for number, (shard, index) in enumerate(zip(shards, indexes, strict=True)):
+    rows: list[NDArray[np.int64] | None] = []
+    for shard, index in zip(shards, indexes, strict=True):
         problems.update(index.problems)
         examples.extend(index.examples)
         if on_missing_caption != "empty":
             has = _captioned(index, captions)
-            missing = [index.keys[i] for i in np.flatnonzero(~has)]
+            missing = np.flatnonzero(~has)
             problems["caption_missing"] += len(missing)
-            examples += [Problem("caption_missing", shard.name, key, _looked_for(caption)) for key in missing[:_SHOWN]]
-            if missing:
-                indexes[number] = index.take(np.flatnonzero(has))
+            shown = (index.keys[i] for i in missing[:SHOWN])
+            examples += [Problem("caption_missing", shard.name, key, _looked_for(caption)) for key in shown]
+            rows.append(np.flatnonzero(has) if len(missing) else None)
+        else:
+            rows.append(None)
+    num_samples = sum(len(_taken(index, some)) for index, some in zip(indexes, rows, strict=True))
     remarks: list[str] = []
     if problems["caption_missing"]:
-        if on_missing_caption == "error" or not any(index.keys for index in indexes):
+        if on_missing_caption == "error" or not num_samples:
             raise _caption_error(shards, indexes, problems, examples, caption, where)
         remarks.append(
             f"without a caption and left out: {problems['caption_missing']} pictures ({_looked_for(caption)}); "
             "data.on_missing_caption=empty keeps them"
         )
-    if not any(index.keys for index in indexes):
+    if not num_samples:
         raise _empty_error(shards, indexes, problems, where)
-    times = [
-        _repeats(index, numbers[sets[shard]] if numbers else None, remarks)
-        for shard, index in zip(shards, indexes, strict=True)
+    uses = [
+        repeats_of(index, _taken(index, some), numbers[sets[shard]] if numbers else None, remarks)
+        for shard, index, some in zip(shards, indexes, rows, strict=True)
     ]
-    keys = [key for index in indexes if not index.files for key in index.keys]  # every folder names its own pictures
-    problems["duplicate_key"] += len(keys) - len(set(keys))
-    return Dataset(
-        shards, indexes, repeats=np.concatenate(times), problems=+problems, examples=examples, remarks=remarks
+    uses = mixed(uses, list(sets.values()), items, weights, remarks)
+    once = all((of_shard == 1).all() for of_shard in uses)
+    data = Dataset(
+        shards,
+        indexes,
+        repeats=None if once else np.concatenate(uses),
+        problems=problems,
+        examples=examples,
+        remarks=remarks,
+        rows=rows,
+        remote=remote,
     )
+    problems["duplicate_key"] += _num_duplicates(data)
+    data.problems = +problems
+    return data
+
+
+def _taken(index: Index, rows: NDArray[np.int64] | None) -> NDArray[np.int64]:
+    return np.arange(len(index.keys)) if rows is None else rows
+
+
+def _num_duplicates(data: Dataset) -> int:
+    """Samples of tars whose key another one has already. Every folder names its own pictures."""
+    in_tar = np.array([not index.files for index in data.indexes])
+    digests = np.sort(data.digests[in_tar[data.shard_of]])
+    return int((digests[1:] == digests[:-1]).sum())
 
 
 def _choose(where: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -226,55 +294,58 @@ def _choose(where: str, value: str, allowed: tuple[str, ...]) -> None:
         raise LdmError("CONFIG", f"unknown value {value!r}", where=where, next="one of: " + ", ".join(allowed))
 
 
-def _per_item(repeats: int | Sequence[int] | None, items: int) -> list[int] | None:
-    if repeats is None:
-        return None
-    numbers = [repeats] * items if isinstance(repeats, int) else list(repeats)
-    if len(numbers) != items or not all(type(n) is int and 1 <= n <= _MAX_REPEATS for n in numbers):
-        raise LdmError(
-            "CONFIG",
-            f"repeats={repeats!r} for {items} sets",
-            where="data.repeats",
-            limit=f"whole numbers from 1 to {_MAX_REPEATS}, one for all or one for each item of data.path",
-        )
-    return numbers
-
-
-def _repeats(index: Index, number: int | None, remarks: list[str]) -> NDArray[np.int64]:
-    """[N], how often an epoch uses each sample of a shard."""
-    if number is not None or not index.files:
-        return np.full(len(index.keys), number or 1, dtype=np.int64)
-    folders = [key.rpartition("/")[0] for key in index.keys]
-    pictures = Counter(folders)
-    times = {folder: repeated(folder.rpartition("/")[2]) for folder in pictures}
-    said = sorted(f"{folder}: {found[0]} x {pictures[folder]} pictures" for folder, found in times.items() if found)
-    if said:
-        listed = ", ".join(said[:8]) + (", ..." if len(said) > 8 else "")
-        remarks.append(f"repeats from the names of folders ({listed}); data.repeats=1 turns them off")
-    return np.array([(times[folder] or (1, ""))[0] for folder in folders], dtype=np.int64)
-
-
 def _captioned(index: Index, captions: Captions) -> NDArray[np.bool_]:
-    """[N], whether a sample has a caption. Fields of a template are looked for when a sample is read."""
+    """[N], whether a sample has a caption."""
     if captions.caption not in SOURCES:
-        return np.ones(len(index.keys), dtype=np.bool_)
+        has_fields = [index.texts[path] for path in captions.fields]
+        return np.logical_and.reduce([np.ones(len(index.keys), dtype=np.bool_), *has_fields])
     if captions.caption == "filename":
-        return np.array([bool(words_of(key)) for key in index.keys], dtype=np.bool_)
-    found = {"txt": index.members[:, 1, 0] >= 0, "json": index.json_captions}
+        return index.named
+    found = {"txt": index.members["offset"][:, FIELDS.index("txt")] >= 0, "json": index.json_captions}
     return np.logical_or.reduce([found[member] for member in captions.members])
 
 
-def _refuse_unknown_fields(captions: Captions, indexes: list[Index]) -> None:
-    """A template whose field no sample has is a typo."""
+def _look_for_texts(
+    shards: list[Path], indexes: list[Index], names: Sequence[str], index_dir: Path | None, remote: Remote | None
+) -> None:
+    """Learn which samples have a text at each dotted path of a template: from their JSON, once, kept in the index."""
+    for shard, index in zip(shards, indexes, strict=True):
+        if all(name in index.texts for name in names):
+            continue
+        data = Dataset([shard], [index], remote=remote)
+        has = np.ones((len(names), data.num_samples), dtype=np.bool_)
+        for row in range(data.num_samples):
+            try:
+                tree = fields_of(data.read(row, ("json",)).get("json"))
+            except BadSample:  # reading the sample will say why
+                continue
+            has[:, row] = [has_text(tree, name) for name in names]
+        index.texts = dict(zip(names, has, strict=True))
+        save(index, shard, index_dir)
+
+
+def _refuse_unknown_fields(captions: Captions, columns: Mapping[str, str], indexes: list[Index]) -> None:
+    """A field or a further member that no sample has, in a template or as a column, is a typo."""
     known = sum((index.fields for index in indexes), Counter[str]())
-    for path in captions.fields:
-        if path.split(".")[0] not in known:
-            what = f"no sample has the field {path!r} that the template names"
-            hint = nearest(path, [*known, FILENAME]) if known else f"no sample has a JSON; known: {FILENAME}"
-            raise LdmError("DATA", what, where="data.caption", limit=repr(captions.caption), next=hint)
+    named = [(path, "data.caption", captions.caption, [FILENAME]) for path in captions.fields]
+    kinds = {name: kind_of(name, path) for name, path in columns.items()}
+    named += [(columns[n], "data.columns", f"{n}: {columns[n]}", []) for n, kind in kinds.items() if kind == "field"]
+    members = list(dict.fromkeys(name for index in indexes for name in index.further_names))
+    for name, path in columns.items():
+        if kinds[name] not in ("field", "size") and path not in members:
+            what, hint = f"no sample has a member or file KEY{path}", nearest(path, members) if members else ""
+            raise LdmError("DATA", what, where="data.columns", limit=f"{name}: {path}", next=hint)
+    for path, where, setting, others in named:
+        others = [*others, f".{path}"] if f".{path}" in members else others
+        if path.split(".")[0] not in known and len(known) < MAX_FIELDS:
+            named_so = known or f".{path}" in others
+            hint = nearest(path, [*known, *others]) if named_so else "no sample has a JSON with fields"
+            raise LdmError("DATA", f"no sample has the field {path!r}", where=where, limit=setting, next=hint)
 
 
-def _refuse_unusable(shards: list[Path], indexes: list[Index], on_truncated: str, where: str) -> None:
+def _refuse_unusable(
+    shards: list[Path], indexes: list[Index], on_truncated: str, where: str, remote: Remote | None
+) -> None:
     unusable = [(s, i.unusable) for s, i in zip(shards, indexes, strict=True) if i.unusable]
     cut = [
         (s, f"{i.damage}, {len(i.keys)} complete samples before it")
@@ -285,11 +356,12 @@ def _refuse_unusable(shards: list[Path], indexes: list[Index], on_truncated: str
         listed = [f"{shard.name}: {reason}" for shard, reason in (unusable + cut)[:20]]
         more = len(unusable) + len(cut) - len(listed)
         advice = "copy or download them again, or take them out of the path"
+        place = remote.url(shards[0]) if remote and remote.holds(shards[0]) else shards[0].parent
         raise LdmError(
             "DATA",
             f"{len(unusable) + len(cut)} of {len(shards)} shards cannot be used",
             where=" | ".join(listed) + (f" | and {more} more" if more else ""),
-            limit=f"{where}: {shards[0].parent}",
+            limit=f"{where}: {place}",
             next=advice + ("; data.on_truncated=use keeps what is complete" if cut and not unusable else ""),
         )
 
@@ -298,8 +370,10 @@ def _looked_for(caption: str) -> str:
     """Where a caption was looked for, in words."""
     sidecar = "KEY.txt or KEY.caption beside KEY.jpg"
     table = f"{', '.join(TEXT_FIELDS)} in KEY.json, {' or '.join(TABLES)}"
-    words = {"sidecar": sidecar, "metadata": table, "filename": "words in the file's name"}
-    return "looked for " + words.get(caption, f"{sidecar}; {table}")
+    words = {"auto": f"{sidecar}; {table}", "sidecar": sidecar, "metadata": table}
+    words["filename"] = "words in the file's name"
+    fields = ", ".join(Captions(caption).fields)
+    return "looked for " + words.get(caption, f"a text or number at {fields} in the sample's JSON")
 
 
 def _caption_error(
@@ -314,7 +388,8 @@ def _caption_error(
     ways = []
     if caption != "filename" and (words := next(filter(None, (words_of(p.key) for p in missing)), "")):
         ways.append(f"data.caption=filename gives {words!r}")
-    if "class" in known and (name := next(filter(None, (class_of(p.key) for p in missing)), None)):
+    classes = {folder: about.name for index in indexes for folder, about in classes_of(index).items()}
+    if "class" in known and (name := next(filter(None, (classes.get(p.key.rpartition("/")[0]) for p in missing)), "")):
         ways.append(f"data.caption={{class}} gives {name!r}")
     if fields := [name for name in known if name != "class"][:8]:
         ways.append(f"a template can name the fields {', '.join(fields)}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import sys
 from collections import Counter
@@ -11,12 +10,17 @@ from typing import Any
 
 import numpy as np
 
+from ldm.build import build
 from ldm.data import paths
 from ldm.data.bad_samples import budget_error
 from ldm.data.captions import Captions
 from ldm.data.index import BAD_KINDS
+from ldm.data.remote import Remote
 from ldm.data.shards import Dataset, open_dataset
-from ldm.errors import LdmError
+from ldm.errors import LdmError, one_line
+
+_opened: list[Dataset] = []
+"""What `check_data` opened last. While it lives its indexes are in use, and the data module takes these."""
 
 
 def check_data(node: Mapping[str, Any]) -> None:
@@ -27,12 +31,15 @@ def check_data(node: Mapping[str, Any]) -> None:
     if node.get("_target_") != "ldm.data.datamodule.DataModule":
         return
 
+    node = {**node, "remote": build(node.get("remote"), where="data.remote")}
+
     def called(function: Callable[..., Any]) -> Any:
         return function(**{key: node[key] for key in inspect.signature(function).parameters if key in node})
 
     called(Captions)
-    for remark in dict.fromkeys(remark for found in called(open_splits) if found for remark in found.remarks):
-        print(f"data: {remark}", file=sys.stderr)
+    _opened[:] = [found for found in called(open_splits) if found]
+    for remark in dict.fromkeys(remark for found in _opened for remark in found.remarks):
+        print(one_line(f"data: {remark}"), file=sys.stderr)
 
 
 def open_splits(
@@ -46,9 +53,12 @@ def open_splits(
     strict: bool = False,
     index_dir: str | None = None,
     caption: str = "auto",
-    repeats: int | Sequence[int] | None = None,
+    repeats: float | Sequence[float] | None = None,
+    weights: Sequence[float] | None = None,
     on_missing_caption: str = "skip",
     on_truncated: str = "refuse",
+    columns: Mapping[str, str] | None = None,
+    remote: Remote | None = None,
 ) -> tuple[Dataset, Dataset | None]:
     """(training set, validation set or None); the arguments are those of `ldm.data.datamodule.DataModule`.
 
@@ -64,23 +74,27 @@ def open_splits(
             index_dir=index_dir,
             caption=caption,
             repeats=repeats if split == "train" else 1,
+            weights=weights if split == "train" else None,
             on_missing_caption=on_missing_caption,
             on_truncated=on_truncated,
+            columns=columns,
+            remote=remote,
             where=where,
         )
 
     train, val = opened(path, "train", "data.path"), None
     where, source = ("data.path", path) if val_path is None else ("data.val_path", val_path)
-    if val_path is not None or paths.has_val_shards(source):
-        val = opened(source, "val" if paths.has_val_shards(source) else None, where)
+    has_val = paths.has_val_shards(source, where=where)
+    if val_path is not None or has_val:
+        val = opened(source, "val" if has_val else None, where)
     elif val_fraction:
-        chosen = _hash_of(train.keys) < val_fraction
+        chosen = train.digests / 2.0**64 < val_fraction
         if chosen.any() and not chosen.all():
             train, val = train.take(np.flatnonzero(~chosen)), train.take(np.flatnonzero(chosen))
     _check_budget(train, 0.0 if strict else max_bad_fraction)
     if max_train_samples is not None and max_train_samples < train.num_samples:
-        train = train.take(_fewest_hashes(train.keys, max_train_samples))
-    return train, None if val is None else val.take(_fewest_hashes(val.keys, max_val_samples))
+        train = train.take(_fewest_hashes(train, max_train_samples))
+    return train, None if val is None else val.take(_fewest_hashes(val, max_val_samples))
 
 
 def _check_budget(dataset: Dataset, limit: float) -> None:
@@ -94,12 +108,6 @@ def _check_budget(dataset: Dataset, limit: float) -> None:
         raise budget_error(what, f"limit {100 * limit:.1f} %", reasons, None, "data.max_bad_fraction")
 
 
-def _fewest_hashes(keys: list[str], count: int) -> np.ndarray:
+def _fewest_hashes(dataset: Dataset, count: int) -> np.ndarray:
     """Ids of at most `count` samples, chosen by the hash of their keys, in order."""
-    return np.sort(np.argsort(_hash_of(keys), kind="stable")[:count])
-
-
-def _hash_of(keys: list[str]) -> np.ndarray:
-    """[N] in [0, 1), a pure function of each key."""
-    digests = (hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()[:8] for key in keys)
-    return np.array([int.from_bytes(digest, "big") / 2**64 for digest in digests])
+    return np.sort(np.argsort(dataset.digests / 2.0**64, kind="stable")[:count])

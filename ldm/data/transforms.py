@@ -1,7 +1,8 @@
-"""A picture of any size to a square of pixels. Random choices are functions of the sample's slot alone."""
+"""A picture of any size to the size that is trained at. Random choices are functions of the sample's slot alone."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -16,12 +17,16 @@ from ldm.random import Purpose, fold, uniform
 
 CROPS = ("center", "random", "pad")
 
+Size = tuple[int, int]
+"""Width and height in pixels."""
+
 
 @dataclass(frozen=True)
 class Transform:
-    """Resize the short side to `image_size` and crop, or the long side and pad; bicubic with antialiasing.
+    """Resize until the wanted size is covered and crop, or until the picture fits into it and pad; bicubic with
+    antialiasing. The wanted size is that of the sample's bucket, or the square of `image_size`.
 
-    image_size: side of the result in pixels.   crop: "center", "random" (one axis moves) or "pad" (nothing is lost).
+    image_size: side of the square in pixels.   crop: "center", "random" (one axis moves) or "pad" (nothing is lost).
     flip_prob: probability of a left-right mirror; leave it at 0 where pictures hold text or logos.
     upscale: whether smaller pictures are enlarged; otherwise they are bad samples of the kind `size_policy`.
     background: colour of the padding.   key: stands for the run, from `ldm.random.run_key`.
@@ -53,49 +58,104 @@ class Transform:
             draws[:, 2] = uniform(fold(self.key, Purpose.FLIP, slots)).numpy()
         return draws
 
-    def __call__(self, image: Image.Image, draw: NDArray[np.float32]) -> NDArray[np.uint8]:
-        """[H, W, 3] pixels of an RGB picture."""
-        size = self.image_size
-        if not self.upscale and (max if self.crop == "pad" else min)(image.size) < size:
-            raise BadSample("size_policy", f"{image.width}x{image.height} is smaller than {size} and upscale is off")
+    @property
+    def square(self) -> Size:
+        return self.image_size, self.image_size
+
+    def __call__(self, image: Image.Image, draw: NDArray[np.float32], size: Size | None = None) -> NDArray[np.uint8]:
+        """[H, W, 3] pixels of an RGB picture. size: of the result; None = the square."""
+        size = size or self.square
+        smaller = [have < want for have, want in zip(image.size, size, strict=True)]
+        if not self.upscale and (all if self.crop == "pad" else any)(smaller):
+            wanted = f"{size[0]}x{size[1]}"
+            raise BadSample("size_policy", f"{image.width}x{image.height} is smaller than {wanted} and upscale is off")
+        return self._shaped(image, image.size, draw, size)
+
+    def further(
+        self, image: Image.Image, picture: Size, draw: NDArray[np.float32], size: Size | None = None
+    ) -> NDArray[np.uint8]:
+        """[H, W, 3] pixels of another RGB image of a sample, or [H, W] of a mask of mode L: the part that `__call__`
+        takes of the picture, at the same size, mirrored with it.
+
+        picture: width and height of the picture. The image may be smaller or larger, in the same aspect ratio.
+        A mask is resized by the mean over areas, nearest where it is enlarged, and is 0 beside a padded picture.
+        Raises BadSample, `size_policy`, if the aspect ratios differ by more than rounding both sides explains.
+        """
+        (width, height), (wide, high) = image.size, picture
+        if abs(width * high - height * wide) >= wide + high:
+            raise BadSample("size_policy", f"{width}x{height} is not of the shape of the picture, {wide}x{high}")
+        return self._shaped(image, picture, draw, size or self.square)
+
+    def _shaped(self, image: Image.Image, picture: Size, draw: NDArray[np.float32], size: Size) -> NDArray[np.uint8]:
+        resample = Image.Resampling.BOX if image.mode == "L" else Image.Resampling.BICUBIC
         if self.crop == "pad":
-            image = self._pad(image)
-        elif image.size != (size, size):
-            side = min(image.size)
-            left, top = (float(u) * (length - side) for u, length in zip(draw, image.size, strict=False))
-            box = (left, top, left + side, top + side)
-            image = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
-        if self._mirrors(draw):
+            image = self._pad(image, picture, size, resample)
+        elif image.size != size or picture != size:
+            kept = covering(picture, size)
+            left, top = (float(u) * (have - keep) for u, have, keep in zip(draw, picture, kept, strict=False))
+            box = (left, top, min(left + kept[0], picture[0]), min(top + kept[1], picture[1]))
+            if image.size != picture:
+                across, down = image.width / picture[0], image.height / picture[1]
+                right, bottom = min(box[2] * across, image.width), min(box[3] * down, image.height)
+                box = (left * across, top * down, right, bottom)
+            image = image.resize(size, resample, box=box)
+        if self.mirrors(draw):
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         return np.asarray(image)
 
-    def sizes(self, width: int, height: int, draw: NDArray[np.float32]) -> tuple[int, int, int, int, int, int]:
+    def sizes(
+        self, width: int, height: int, draw: NDArray[np.float32], size: Size | None = None
+    ) -> tuple[int, int, int, int, int, int]:
         """(original height and width, top and left of the crop in the resized picture, height and width) in pixels,
         of a picture of this size: what SDXL is conditioned on (Podell et al. 2023, arXiv:2307.01952, section 2.2).
 
         The crop lies in the picture as the network sees it: in the mirrored one, if it is mirrored, as in diffusers'
         train_text_to_image_sdxl.py, which mirrors before it crops.
         """
-        size, side = self.image_size, min(width, height)
-        across = 1 - draw[0] if self._mirrors(draw) else draw[0]
-        cut = (0.0, 0.0) if self.crop == "pad" else (draw[1] * (height - side), across * (width - side))
-        top, left = (round(float(n) * size / side) for n in cut)
-        return height, width, top, left, size, size
+        size = size or self.square
+        kept = covering((width, height), size)
+        across = 1 - draw[0] if self.mirrors(draw) else draw[0]
+        cut = (0.0, 0.0) if self.crop == "pad" else (across * (width - kept[0]), draw[1] * (height - kept[1]))
+        left, top = (round(float(n) * want / keep) for n, want, keep in zip(cut, size, kept, strict=True))
+        return height, width, top, left, size[1], size[0]
 
-    def _mirrors(self, draw: NDArray[np.float32]) -> bool:
+    def short_side(self, width: int, height: int, size: Size | None) -> int:
+        """Pixels of the short side below which a picture of this size would be enlarged; None = to the square."""
+        if size is None:
+            return self.image_size
+        return math.ceil(min(width, height) * max(size[0] / width, size[1] / height))
+
+    def mirrors(self, draw: NDArray[np.float32]) -> bool:
+        """Whether a sample with these draws is mirrored."""
         return bool(draw[2] < self.flip_prob)
 
-    def _pad(self, image: Image.Image) -> Image.Image:
-        size, longest = self.image_size, max(image.size)
-        width, height = (max(1, round(side * size / longest)) for side in image.size)
-        canvas = Image.new("RGB", (size, size), self.background)
-        canvas.paste(
-            image.resize((width, height), Image.Resampling.BICUBIC), ((size - width) // 2, (size - height) // 2)
-        )
+    def _pad(self, image: Image.Image, picture: Size, size: Size, resample: Image.Resampling) -> Image.Image:
+        canvas = Image.new(image.mode, size, 0 if image.mode == "L" else self.background)
+        side = 0 if _is_wider(picture, size) else 1  # the side that fills the canvas
+        inner = [max(1, round(length * size[side] / picture[side])) for length in picture]
+        place = [(outer - length) // 2 for outer, length in zip(size, inner, strict=True)]
+        canvas.paste(image.resize((inner[0], inner[1]), resample), (place[0], place[1]))
         return canvas
+
+
+def covering(picture: Size, size: Size) -> tuple[float, float]:
+    """Width and height of the largest part of a picture with the aspect ratio of `size`."""
+    (width, height), (wide, high) = picture, size
+    if _is_wider(picture, size):
+        return height * wide / high, float(height)
+    return float(width), width * high / wide
+
+
+def _is_wider(picture: Size, size: Size) -> bool:
+    return picture[0] * size[1] >= picture[1] * size[0]
 
 
 def to_images(pixels: list[NDArray[np.uint8]]) -> Tensor:
     """[B, 3, H, W] float32 in [-1, 1] from B pictures [H, W, 3] of one size."""
     stacked = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)
     return stacked.to(torch.float32, memory_format=torch.contiguous_format).div_(127.5).sub_(1.0)
+
+
+def to_masks(pixels: list[NDArray[np.uint8]]) -> Tensor:
+    """[B, 1, H, W] float32 in [0, 1] from B masks [H, W] of one size."""
+    return torch.from_numpy(np.stack(pixels)[:, None]).to(torch.float32).div_(255)

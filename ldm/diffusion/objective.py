@@ -24,6 +24,7 @@ class Objective:
     """Random level, random noise, weighted distance from the prediction's target.
 
     masked: the distance counts where the sample's mask is 1 and not where it is 0.
+    unmasked_weight: from 0 to 1, what it counts at least, everywhere; OneTrainer's setting of that name.
 
     `loss` returns [B]: the mean over the latents of each sample, in the units of the target, weighted.
     """
@@ -33,6 +34,13 @@ class Objective:
     noise: Noising = field(default_factory=Plain)
     distance: Loss = field(default_factory=MSE)
     masked: bool = False
+    unmasked_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.unmasked_weight <= 1:
+            raise ValueError(f"unmasked_weight must lie between 0 and 1, not {self.unmasked_weight}")
+        if self.unmasked_weight and not self.masked:
+            raise ValueError("unmasked_weight is for a masked loss: set masked=true")
 
     def check(self, schedule: Schedule, prediction: Prediction) -> None:
         """Raises ValueError, naming both sides, if the parts cannot work together."""
@@ -51,16 +59,23 @@ class Objective:
         noise, target_noise = (part.to(x0) for part in self.noise(draws, x0.shape[1:]))
         output, target = output_and_target(denoiser, x0, noise, target_noise, level, cond)
         error = self.distance(output, target, level, schedule)
-        if self.masked:
-            error = error * latent_mask(mask, x0)
+        if (counts := self.counts(mask, x0)) is not None:
+            error = error * counts
         weight = self.weighting(denoiser.prediction, level.alpha, level.sigma)
         return weight.to(error) * error.flatten(1).mean(1)
 
+    def counts(self, mask: Tensor | None, x0: Tensor) -> Tensor | None:
+        """[B, 1, h, w], how much the distance counts in each latent; None where nothing is masked."""
+        return latent_mask(mask, x0).clamp(min=self.unmasked_weight) if self.masked else None
 
-def denoising_error(denoiser: Denoiser, x0: Tensor, noise: Tensor, level: Level, cond: Conditioning) -> Tensor:
-    """[B] mean squared error of the prediction's target at `level` ([B] or scalar)."""
+
+def denoising_error(
+    denoiser: Denoiser, x0: Tensor, noise: Tensor, level: Level, cond: Conditioning, counts: Tensor | None = None
+) -> Tensor:
+    """[B] mean squared error of the prediction's target at `level` ([B] or scalar). counts: see `Objective.counts`."""
     output, target = output_and_target(denoiser, x0, noise, noise, level, cond)
-    return (output - target).square().flatten(1).mean(1)
+    error = (output - target).square()
+    return (error if counts is None else error * counts).flatten(1).mean(1)
 
 
 def output_and_target(
@@ -84,6 +99,6 @@ def latent_mask(mask: Tensor | None, x0: Tensor) -> Tensor:
             "the loss is masked, but the batch has no mask [B, 1, H, W]",
             where="scheduler.masked",
             limit=f"found {found}",
-            next="hand masks over as Batch.columns['mask'], or set scheduler.masked=false",
+            next="name the masks of the data, data.columns.mask=.mask.png, or set scheduler.masked=false",
         )
     return torch.nn.functional.interpolate(mask.to(x0), size=x0.shape[-2:], mode="area")

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ldm.data.moments import MomentTables
+from ldm.data.order import Ids
 from ldm.errors import LdmError
 from ldm.models.autoencoder.identity import Identity
 from ldm.models.autoencoder.kl import AutoencoderKL, posterior
@@ -15,32 +18,38 @@ from ldm.types import Batch
 
 
 @torch.no_grad()
-def encode_dataset(
-    autoencoder: AutoencoderKL | Identity, batches: Iterable[Batch], num_samples: int, latent_size: tuple[int, int]
-) -> tuple[Tensor, Tensor]:
-    """Moments [N, 2C, h, w] float32 on the CPU (see `Batch`), and usable [N] bool, False for an unreadable picture.
+def encode_dataset(autoencoder: AutoencoderKL | Identity, batches: Iterable[Batch], latent_sizes: Ids) -> MomentTables:
+    """The moments of every picture, float32 on the CPU; an unreadable picture is not usable.
 
     batches: every sample once, its id in `slots`; with several ranks each brings its share.
+    latent_sizes: [N, 2] height and width of each sample's latents.
     """
     device = autoencoder.statistics.mean.device
-    table = torch.zeros(num_samples, autoencoder.moment_channels, *latent_size)
-    usable = torch.zeros(num_samples, dtype=torch.bool)
+    sizes, table_of = np.unique(latent_sizes, axis=0, return_inverse=True)
+    place = np.stack([table_of.reshape(-1), np.zeros(len(latent_sizes), dtype=np.int64)], axis=1)
+    tables = []
+    for number, size in enumerate(sizes.tolist()):
+        mine = np.flatnonzero(place[:, 0] == number)
+        place[mine, 1] = np.arange(len(mine))
+        tables.append(torch.zeros(len(mine), autoencoder.moment_channels, *size))
+    usable = torch.zeros(len(place), dtype=torch.bool)
     for batch in batches:
         moments = autoencoder.moments(batch.images.to(device)).float().cpu()  # type: ignore[union-attr]
         good = batch.valid.cpu()
         slots = batch.slots.cpu()[good]
-        table[slots] = moments[good]
         usable[slots] = True
+        for number in np.unique(place[slots, 0]):  # a batch has one size
+            tables[number][place[slots, 1]] = moments[good]
     if _world_size() > 1:
-        table, as_int = _sum(table, device), _sum(usable.int(), device)
+        tables, as_int = [_sum(table, device) for table in tables], _sum(usable.int(), device)
         usable = as_int > 0
-    if not bool(torch.isfinite(table).all()):
+    if not all(bool(torch.isfinite(table).all()) for table in tables):
         raise LdmError(
             "LATENTS",
             "the autoencoder gives latents that are not finite",
             next="train the autoencoder anew with precision 32 or a lower learning rate",
         )
-    return table, usable
+    return MomentTables(tables, place, usable.numpy())
 
 
 @torch.no_grad()

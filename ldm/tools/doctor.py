@@ -21,6 +21,7 @@ from typing import Any
 
 from packaging.requirements import Requirement
 
+from ldm.build import build
 from ldm.cli import recognise
 from ldm.config import CONFIGS, compose
 from ldm.errors import REFUSED, LdmError
@@ -132,7 +133,9 @@ def _dataset(node: Mapping[str, Any]) -> Finding:
     from ldm.data.shards import open_dataset
 
     try:
-        dataset = open_dataset(path, **{k: node[k] for k in ("caption", "on_missing_caption", "repeats") if k in node})
+        remote = build(node.get("remote"), where="data.remote")
+        given = {k: node[k] for k in ("caption", "on_missing_caption", "repeats") if k in node}
+        dataset = open_dataset(path, **given, remote=remote)
     except LdmError as error:
         return "FAIL", "data", error.line()
     problems = ", ".join(f"{count} {kind}" for kind, count in dataset.problems.items())

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from ldm.checkpoints import files
 from ldm.data import paths
+from ldm.data.buckets import loss_with_buckets
 from ldm.data.decode import BadSample, decode_image
 from ldm.data.duplicates import DISTANCE, MAX_DISTANCE, equal_groups, members_of
 from ldm.data.index import BAD_KINDS, index_all
@@ -101,6 +102,7 @@ def inspect(path: str, options: Options) -> dict[str, Any]:
     """The report; its keys are those that docs/prepare.md lists. Raises LdmError if nothing at all can be read."""
     source, unusable, truncated = _open(path, options)
     facts, captions, bad = _scan(source, options.workers or num_cores())
+    bad = [b for b in bad if b.kind != "second_image"]  # which training leaves out with a remark
     examples = source.examples + bad
     counts = Counter(b.kind for b in bad) + source.problems
     names = [source.names[n] for n in facts["number"]]
@@ -186,6 +188,7 @@ def _pictures(facts: NDArray[np.void]) -> dict[str, Any]:
         "short_side": {**_spread(short), "histogram": _histogram(short, SIDES)},
         "aspect": {**_spread(aspect), "histogram": _histogram(aspect, ASPECTS)},
         "centre_crop_loses": float(1 - (short / np.maximum(width, height)).mean()) if len(facts) else 0.0,
+        "buckets_lose": loss_with_buckets(np.stack([width, height], axis=1)) if len(facts) else 0.0,
     }
 
 

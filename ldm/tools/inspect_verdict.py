@@ -56,7 +56,8 @@ def _judge_samples(report: dict[str, Any], say: Say) -> None:
     else:
         say("ok", "every picture can be decoded")
     if not samples["val"]:
-        text = "there is no validation set: training holds out data.val_fraction by the pictures' names"
+        held = "of shards training holds out 1 %" if report["kind"] == "shards" else "a folder is trained on whole"
+        text = f"there is no validation set; {held}: data.val_fraction is the share, by the pictures' names"
         say("note", text, "python -m ldm prepare splits by content")
     if samples["train"] < 1000:
         text = f"{_count(samples['train'], 'picture')} are few to train from nothing"
@@ -104,7 +105,8 @@ def _judge_pictures(report: dict[str, Any], say: Say) -> None:
     loss = pictures["centre_crop_loses"]
     if loss > 0.05:
         text = f"a square centre crop loses {100 * loss:.0f} % of the pictures' area"
-        say("note", text, "data.crop=pad keeps all of it")
+        buckets = f"data.bucket.enable_bucket=true loses {100 * pictures['buckets_lose']:.0f} %"
+        say("note", text, f"{buckets}, data.crop=pad nothing")
     if pictures["transparent"]:
         text = f"{_count(pictures['transparent'], 'picture')} have transparency"
         say("note", text, "data.background says what shows through")

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import inspect
-import json
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
-from ldm import build
+from ldm.build import with_defaults as with_defaults
 from ldm.checkpoints import files
-from ldm.checkpoints.formats.description import Node
 from ldm.errors import LdmError
 
 UNET = "ldm.models.unet.unet.UNet"
@@ -32,20 +28,6 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Name
 
     parser.error = refuse  # type: ignore[method-assign,assignment]
     return parser.parse_args(argv)
-
-
-def with_defaults(node: Mapping[str, Any]) -> Node:
-    """A node of a checkpoint with every argument of its constructor, and so the nodes within it."""
-
-    def filled(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return with_defaults(value) if "class" in value else {key: filled(child) for key, child in value.items()}
-        return value
-
-    parameters = inspect.signature(build.resolve(node["class"])).parameters.values()
-    plain = (str, int, float, tuple, Mapping, type(None))  # not "no default", and no dataclass' factory
-    defaults = {p.name: p.default for p in parameters if isinstance(p.default, plain)}
-    return {"class": node["class"], "args": filled(json.loads(json.dumps({**defaults, **node["args"]})))}
 
 
 def refuse_existing(out: Path) -> None:

@@ -7,6 +7,7 @@ of the same command goes on with what is not there yet. The same input and optio
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import io
@@ -57,7 +58,8 @@ VERB = Verb(
     "FOLDER: pictures with captions as training reads them, a .csv or .jsonl with a row per picture, or shards.\n"
     "OUT: a folder for train-000000.tar, val-000000.tar, ... and prepare_report.json; docs/prepare.md says more.",
 )
-_VERSION = 1
+OWN = "prepare"  # in a sample's JSON: what we say about it, beside the fields that it came with
+_VERSION = 2
 _EXAMPLE_ROWS = 3
 
 
@@ -207,23 +209,44 @@ def _disk(out: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        name = error.filename or out
-        full = error.errno in (28, 122, 27)  # ENOSPC, EDQUOT, EFBIG
-        hint = "free space and run the same command again: finished shards are kept" if full else "choose another OUT"
-        exit_code = TEMPORARY if full else 2
-        raise LdmError(
-            "DISK", f"cannot write: {error.strerror}", where=str(name), next=hint, exit_code=exit_code
-        ) from error
+        place, exit_code = Path(os.fsdecode(error.filename or out)), 2
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            what, exit_code = "cannot write", TEMPORARY
+            hint = "free space and run the same command again: finished shards are kept"
+        elif place.is_relative_to(out) or out.is_relative_to(place):
+            what, hint = "OUT cannot be used", "choose another OUT"
+        else:
+            what, hint = "cannot read", "look at its rights and its disk"
+        what = f"{what}: {error.strerror}"
+        raise LdmError("DISK", what, where=str(place), next=hint, exit_code=exit_code) from error
 
 
 def _finished(out: Path, plan_id: str) -> dict[str, Any] | None:
     """The report in `out`, if it is of this plan and its shards are there."""
+    report = _report_in(out)
+    return report if report.get("plan") == plan_id and not _changed(out, report) else None
+
+
+def _report_in(out: Path) -> dict[str, Any]:
+    """What an earlier prepare said about OUT; empty where none did."""
     try:
         report = files.read_json(out / REPORT)
-        whole = all((out / name).stat().st_size == about["bytes"] for name, about in report["shards"].items())
-        return report if report["plan"] == plan_id and whole else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+        whole = all(about["bytes"] >= 0 for about in report["shards"].values()) and report["plan"]
+        return report if whole else {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def _changed(out: Path, report: dict[str, Any]) -> list[str]:
+    """Shards that are no longer as they were written."""
+
+    def size(name: str) -> int:
+        try:
+            return (out / name).stat().st_size
+        except FileNotFoundError:
+            return -1
+
+    return [name for name, about in report["shards"].items() if size(name) != about["bytes"]]
 
 
 @contextmanager
@@ -235,7 +258,10 @@ def _work_folder(out: Path, plan_id: str, overwrite: bool) -> Iterator[Path]:
     going_on = state.is_file() and state.read_text() == plan_id
     there = [p.name for p in sorted(out.iterdir()) if p.name != WORK]
     if (there or work.exists()) and not going_on and not overwrite:
-        if work.exists() or (out / REPORT).exists():
+        report = _report_in(out)
+        if report.get("plan") == plan_id:
+            what = f"of the shards in OUT are gone or changed: {', '.join(_changed(out, report)[:3])}"
+        elif work.exists() or (out / REPORT).exists():
             what = "OUT holds shards of another source or of other options"
         else:
             what = f"OUT is not empty: {', '.join(there[:3])}"
@@ -264,8 +290,7 @@ def _work_folder(out: Path, plan_id: str, overwrite: bool) -> Iterator[Path]:
 
 def _names_written(out: Path, work: Path) -> set[str]:
     """Names of the shards that an earlier prepare wrote into OUT."""
-    report = files.read_json(out / REPORT) if (out / REPORT).is_file() else {}
-    return {*report.get("shards", {}), *(p.name.removesuffix(".json") for p in work.glob("*.tar.json"))}
+    return {*_report_in(out).get("shards", {}), *(p.name.removesuffix(".json") for p in work.glob("*.tar.json"))}
 
 
 def _check_space(out: Path, work: Path, facts: NDArray[np.void], kept: NDArray[np.intp], options: Options) -> None:
@@ -405,13 +430,13 @@ class Encoder:
 def _sizes(facts: NDArray[np.void], options: Options) -> NDArray[np.int64]:
     """[N], bytes in the shards; where pictures are encoded anew, an estimate from those that were tried."""
     if not options.reencodes:
-        return facts["bytes"]
+        return facts["bytes"] + facts["further"]
     pixels = facts["width"].astype(np.float64) * facts["height"]
     short = np.minimum(facts["width"], facts["height"])
     pixels *= np.minimum(1.0, (options.size or short) / short) ** 2
     tried = facts["encoded"] > 0
     each_pixel = facts["encoded"][tried].sum() / pixels[tried].sum() if tried.any() else 3.0
-    return np.rint(pixels * each_pixel).astype(np.int64)
+    return np.rint(pixels * each_pixel).astype(np.int64) + facts["further"]
 
 
 def _jobs(source: Source, facts: NDArray[np.void], splits: dict[str, NDArray[np.intp]], options: Options) -> list[Job]:
@@ -496,13 +521,10 @@ def _members(source: Source, number: int, key: str, encode: Encoder) -> Iterator
     image = encode(sample.image)
     before, header = upright_size(sample.image), open_image(image)
     width, height = upright_size(image)
-    text = sample.txt if sample.txt is not None and sample.txt.strip() else sample.caption.encode("utf-8", "replace")
-    about = {
-        **fields_of(sample.json),
+    facts = {
         "key": key,
-        "status": "success",
-        "caption": sample.caption,
         "path": source.names[number],
+        "caption": sample.caption,
         "width": width,
         "height": height,
         "original_width": before[0],
@@ -510,8 +532,13 @@ def _members(source: Source, number: int, key: str, encode: Encoder) -> Iterator
         "sha256": hashlib.sha256(sample.image).hexdigest(),
     }
     yield f"{key}.{SUFFIXES[str(header.format)]}", image
-    yield f"{key}.txt", text
-    yield f"{key}.json", json_bytes(about)
+    if sample.txt is not None and sample.txt.strip():
+        yield f"{key}.txt", sample.txt
+    elif len(sample.captions) < 2:  # several are in the JSON, and one in a .txt would be taken before them
+        yield f"{key}.txt", sample.caption.encode("utf-8", "replace")
+    yield f"{key}.json", json_bytes(fields_of(sample.json) | {OWN: facts})
+    for name, data in sample.further.items():
+        yield f"{key}{name}", data
 
 
 # ---- words

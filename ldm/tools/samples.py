@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -22,7 +22,7 @@ from ldm.data import metadata, paths
 from ldm.data.captions import Captions
 from ldm.data.decode import BadSample, decode_image, open_image
 from ldm.data.duplicates import fingerprint
-from ldm.data.index import BAD_KINDS, PICTURES
+from ldm.data.index import ARRAY, BAD_KINDS, FIELDS, PICTURES
 from ldm.data.shards import Dataset, open_dataset
 from ldm.errors import LdmError, nearest
 from ldm.tools.pool import each, progress
@@ -36,6 +36,7 @@ FACTS = np.dtype(
     [
         ("number", "i8"),
         ("bytes", "i8"),
+        ("further", "i8"),
         ("width", "i4"),
         ("height", "i4"),
         ("form", "u1"),
@@ -49,17 +50,28 @@ FACTS = np.dtype(
 )
 """A row per picture. number: in its source.   form: in FORMS.   sha256: of its bytes.   width, height: upright.
 
+further: bytes of its other pictures and arrays.
+
 pixels, phash, small: see `ldm.data.duplicates`.   encoded: bytes after re-encoding, where that was tried; else 0.
 """
 
 
 class Sample(NamedTuple):
-    """txt, json: as they stand, or None.   caption: one line, "" for none."""
+    """txt, json: as they stand, or None.   captions: all that it has, each one line.
+
+    further: its other pictures and arrays, by what follows the key in their names, `.mask.png`.
+    """
 
     image: bytes
     txt: bytes | None
     json: bytes | None
-    caption: str
+    captions: list[str]
+    further: Mapping[str, bytes] = {}
+
+    @property
+    def caption(self) -> str:
+        """The first, "" for none."""
+        return self.captions[0] if self.captions else ""
 
 
 class Bad(NamedTuple):
@@ -105,27 +117,40 @@ class Opened:
                 Bad(f"{p.shard}/{p.key}", p.kind, p.reason) for p in dataset.examples if p.kind in BAD_KINDS
             ]
         else:
+            self.problems, self.examples = Counter(), []
+            index = dataset.indexes[0]
+            further = {
+                index.files[int(other["place"]["offset"])]
+                for other in index.further
+                if _stands_beside(index.further_names[other["name"]])
+            }
             pictures: dict[str, list[str]] = {}
-            for name in paths.files_below(self.folder):
+            for name in paths.files_below(self.folder, self._unreadable):
                 key, _, suffix = name.rpartition(".")
-                if _suffix(suffix) in PICTURES:
+                if _suffix(suffix) in PICTURES and name not in further:
                     pictures.setdefault(key, []).append(name)
             for found in pictures.values():
                 found.sort(key=lambda name: PICTURES.index(_suffix(name.rpartition(".")[2])))  # stable, as the index
             used = [pictures.get(key, [key]).pop(0) for key in dataset.keys]
             self.left_out = sorted(name for found in pictures.values() for name in found)
             self.names = used + self.left_out
-            self.problems, self.examples = Counter(), []
         self._keys = frozenset(dataset.keys) if self.left_out else frozenset()
         self.identity = hashlib.sha256(json_bytes([dataset.manifest_hash, self.names])).hexdigest()
+
+    def _unreadable(self, name: str, reason: str) -> None:
+        self.problems["fetch"] += 1
+        self.examples.append(Bad(name, "fetch", reason))
 
     def read(self, number: int) -> Sample:
         if number >= self.dataset.num_samples:
             raise self._why(self.names[number])
-        raw = self.dataset.read(number)
+        index, row = self.dataset.indexes[self.dataset.shard_of[number]], int(self.dataset.row_of[number])
+        others = [index.further_names[other["name"]] for other in index.further_rows(row)]
+        raw = self.dataset.read(number, (*FIELDS, *filter(_stands_beside, others)))
         txt, data = raw.get("txt"), raw.get("json")
-        caption = self.captions(self.dataset.keys[number], txt, data)
-        return Sample(raw["image"], txt if "txt" in self.captions.members else None, data, caption)
+        found = self.captions.all_of(self.dataset.keys[number], txt, data)
+        further = {name: raw[name] for name in sorted(raw) if name not in FIELDS}
+        return Sample(raw["image"], txt if "txt" in self.captions.members else None, data, found, further)
 
     def _why(self, name: str) -> BadSample:
         """Why training leaves a picture of the folder out."""
@@ -133,6 +158,11 @@ class Opened:
         key = name.rpartition(".")[0]
         if key in self._keys:
             return BadSample("second_image", "another picture of this name is taken")
+        owner, dot, last = key.rpartition(".")
+        while dot and "/" not in last:
+            if owner in self._keys:
+                return BadSample("second_image", f"a further picture of {owner}")
+            owner, dot, last = owner.rpartition(".")
         try:
             open_image((self.folder / name).read_bytes())
             txt = next((p for s in ("txt", "caption") if (p := self.folder / f"{key}.{s}").is_file()), None)
@@ -210,10 +240,10 @@ class Table:
         except (OSError, ValueError) as error:
             raise BadSample("fetch", f"{error}"[:200]) from error
         data = json_bytes(self.rows[number])
-        caption = self.captions(name.rpartition(".")[0], None, data)
-        if self.skip and not caption:
+        found = self.captions.all_of(name.rpartition(".")[0], None, data)
+        if self.skip and not any(found):
             raise BadSample("caption_missing", "the row has no text")
-        return Sample(image, None, data, caption)
+        return Sample(image, None, data, found)
 
 
 def json_bytes(value: Any) -> bytes:
@@ -252,7 +282,7 @@ def open_source(
 ) -> Source:
     """What `path` names. Raises LdmError in the words of the verbs' options."""
     with own_words():
-        captions = Captions(caption)
+        captions = Captions(caption, on_missing_caption=on_missing_caption)
         if isinstance(path, str) and is_table(path):
             table = Path(path).expanduser()
             return Table(
@@ -314,14 +344,15 @@ def scan_chunk(scan: Scan, numbers: range) -> Chunk:
     for number in numbers:
         try:
             sample = scan.source.read(number)
-            rows.append(_facts(scan, number, sample.image))
+            rows.append(_facts(scan, number, sample))
             captions.append(sample.caption)
         except BadSample as problem:
             bad.append((number, problem.kind, problem.reason))
     return Chunk(np.array(rows, dtype=FACTS), captions, bad)
 
 
-def _facts(scan: Scan, number: int, data: bytes) -> tuple[Any, ...]:
+def _facts(scan: Scan, number: int, sample: Sample) -> tuple[Any, ...]:
+    data = sample.image
     header = open_image(data)
     image = decode_image(data)
     print_ = fingerprint(image)
@@ -329,6 +360,7 @@ def _facts(scan: Scan, number: int, data: bytes) -> tuple[Any, ...]:
     return (
         number,
         len(data),
+        sum(map(len, sample.further.values())),
         *image.size,
         FORMS.index(str(header.format)),
         header.has_transparency_data,
@@ -347,6 +379,11 @@ def chunks_of(count: int) -> list[range]:
 def scan_all(scan: Scan, tasks: Sequence[range], workers: int) -> Iterator[Chunk]:
     with progress("reading", sum(map(len, tasks))) as advance:
         yield from each(scan_chunk, scan, tasks, workers, lambda task: advance(len(task)))
+
+
+def _stands_beside(name: str) -> bool:
+    """Whether a further member is another thing than a second form of the picture: `.mask.png`, not `.png`."""
+    return name.count(".") > 1 or name.endswith(f".{ARRAY}")
 
 
 def _suffix(suffix: str) -> str:

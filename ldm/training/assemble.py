@@ -11,6 +11,8 @@ import torch
 from ldm.build import build, to_saved
 from ldm.checkpoints.run import Run, find_run
 from ldm.checkpoints.store import Store
+from ldm.data.buckets import Buckets
+from ldm.data.columns import checked, kind_of
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.objective import Objective
 from ldm.diffusion.schedule import for_size
@@ -29,6 +31,7 @@ STAGES = ("autoencoder", "diffusion")
 
 def check_model(cfg: Config, trusted: tuple[str, ...] = ()) -> None:
     """Refuses parts of the model that do not fit together or to the data, before anything is trained."""
+    check_buckets(cfg, trusted)
     if "autoencoder" in cfg["stages"] and fixed_autoencoder(cfg, trusted) is not None:
         raise LdmError("STAGES", "this autoencoder has nothing to train", where="stages", next="set stages=[diffusion]")
     if "diffusion" not in cfg["stages"]:
@@ -55,23 +58,42 @@ def check_model(cfg: Config, trusted: tuple[str, ...] = ()) -> None:
         for check in conditioner.checks.get(name, ()):
             for value in given if isinstance(given, list) else [given]:
                 check(value)
-    if cfg["scheduler"]["masked"] and "mask" not in offered:
+    declared = checked(cfg["data"].get("columns") or {})
+    if cfg["scheduler"]["masked"] and kind_of("mask", declared.get("mask", "")) != "mask":
         raise LdmError(
             "CONFIG",
-            "scheduler.masked=true needs the column 'mask', which the data do not give",
+            "scheduler.masked=true needs the column 'mask', a picture, which the data do not give",
             where="scheduler.masked",
             limit=f"given: {', '.join(sorted(offered))}",
-            next="set scheduler.masked=false",
+            next="with KEY.mask.png beside KEY.jpg: data.columns.mask=.mask.png; or set scheduler.masked=false",
+        )
+
+
+def check_buckets(cfg: Config, trusted: tuple[str, ...] = ()) -> None:
+    """Refuses sizes of pictures that the autoencoder cannot encode. A UNet takes latents of every size."""
+    bucket = cfg["data"].get("bucket") or {}
+    if not bucket.get("enable_bucket"):
+        return
+    with torch.device("meta"):
+        factor = build(cfg["model"]["autoencoder"], where="model.autoencoder", trusted=trusted).downsampling
+    build(cfg["data"], where="data", trusted=trusted)  # has its own words about its settings
+    step = bucket.get("bucket_reso_steps", Buckets.bucket_reso_steps)
+    if step % factor:
+        raise LdmError(
+            "CONFIG",
+            f"sides in steps of {step} are no multiples of the autoencoder's downsampling {factor}",
+            where="data.bucket.bucket_reso_steps",
+            next=f"set data.bucket.bucket_reso_steps={-(-step // factor) * factor}",
         )
 
 
 def build_objective(cfg: Config, trusted: tuple[str, ...] = ()) -> Objective:
     """The objective that `scheduler` chooses; refuses parts that cannot work together, before anything is trained."""
     parts = build(cfg["scheduler"], where="scheduler", trusted=trusted)
-    objective = Objective(
-        parts["timesteps"], parts["weighting"], noise=parts["noise"], distance=parts["loss"], masked=parts["masked"]
-    )
+    others = {"noise": parts["noise"], "distance": parts["loss"]}
+    mask = {name: parts[name] for name in ("masked", "unmasked_weight")}
     try:
+        objective = Objective(parts["timesteps"], parts["weighting"], **others, **mask)
         objective.check(parts["schedule"], parts["prediction"])
     except ValueError as error:
         raise LdmError("CONFIG", str(error), where="scheduler") from error

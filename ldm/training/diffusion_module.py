@@ -7,11 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ldm.data.cache import Cache
+from ldm.data.datamodule import DataModule
 from ldm.diffusion.objective import Objective, denoising_error
 from ldm.diffusion.schedule import for_size
 from ldm.model import LatentDiffusion
 from ldm.models.conditioner.compose import parts_of
 from ldm.precompute.moments import encode_dataset
+from ldm.precompute.text import encoder_ids, remembered, text_encoders
 from ldm.random import Draws, Purpose
 from ldm.training.stage_module import StageModule, StageSettings
 from ldm.types import Batch
@@ -44,6 +47,7 @@ class DiffusionModule(StageModule):
         self.objective = objective
         self.cache_latents_mb, self.saved_config = cache_latents_mb, saved_config
         self.latent_id = model.autoencoder.latent_id()
+        self.reads_cache = False
 
     @property
     def model(self) -> LatentDiffusion:
@@ -52,24 +56,41 @@ class DiffusionModule(StageModule):
     def trained(self) -> nn.Module:
         return self.trained_parts
 
-    def on_fit_start(self) -> None:
-        """Moves the autoencoder along, tells the data what the conditioner can read and, for a small set, encodes every
-        picture once.
+    def use_cache(self, cache: Cache, data: DataModule, trusted: tuple[str, ...] = ()) -> None:
+        """Read latents, and text embeddings where there are some, instead of computing them.
+
+        Raises LdmError, `CACHE`, with a line for each difference, if the cache was made by something else.
         """
-        self.model.to(self.device)
+        cache.check(self.latent_id, data.transform, data.buckets)
+        if (text := cache.text()) is not None:
+            conditioner = self.model.conditioner
+            cache.check_text(encoder_ids(conditioner, self.saved_config["conditioner"], trusted), data.captions)
+            self.model.instead = remembered(text_encoders(conditioner), text)
+        splits = ["train"] + ["val"] * bool(data.num_val)
+        data.use_moments(*(cache.moments(data.dataset(split)) for split in splits))
+        self.reads_cache = True
+
+    def on_fit_start(self) -> None:
+        """Moves the autoencoder along, tells the data what the conditioner can read and, for a small set without a
+        cache, encodes every picture once.
+        """
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         data.check_columns(self.model.conditioner.checks)
-        _, height, width = self.model.latent_shape(self.model.image_size, self.model.image_size)
-        pixels = (data.num_train + data.num_val) * height * width
+        if self.reads_cache:
+            self.trained_parts.to(self.device)
+            for name, part in self.model.autoencoder.named_children():
+                if name not in ("encoder", "quant_conv"):
+                    part.to(self.device)
+            return
+        self.model.to(self.device)
+        splits = ["train"] + ["val"] * bool(data.num_val)
+        sizes = [data.target_sizes(split)[:, ::-1] // self.model.autoencoder.downsampling for split in splits]
+        pixels = sum(int(heights_and_widths.prod(axis=1).sum()) for heights_and_widths in sizes)
         megabytes = pixels * self.model.autoencoder.moment_channels * 4 / 2**20
         if megabytes > self.cache_latents_mb or data.transform != data.transform.without_chance():
             return
-        tables = []
-        for split, count in (("train", data.num_train), ("val", data.num_val)):
-            if count:
-                loader = data.encode_dataloader(split, batch_size=64, sharded=True)
-                tables.append(encode_dataset(self.model.autoencoder, loader, count, (height, width)))
-        data.use_moments(*tables)
+        loaders = [data.encode_dataloader(split, batch_size=64, sharded=True) for split in splits]
+        data.use_moments(*(encode_dataset(self.model.autoencoder, *each) for each in zip(loaders, sizes, strict=True)))
 
     def loss(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:
         x0 = self.latents(batch, draws, Purpose.POSTERIOR)
@@ -83,6 +104,7 @@ class DiffusionModule(StageModule):
         if moments is None:
             with torch.autocast(self.device.type, enabled=False):  # as when the set is encoded once: in float32
                 moments = autoencoder.moments(batch.images)  # type: ignore[arg-type]
+        moments = moments.float()  # a cache may hold 16 bits
         shape = (autoencoder.latent_channels, *moments.shape[2:])
         noise = draws.normal(purpose, shape) if autoencoder.moment_channels > autoencoder.latent_channels else None
         return autoencoder.latents(moments, noise)
@@ -95,12 +117,13 @@ class DiffusionModule(StageModule):
         noise = draws.normal(Purpose.VALIDATION_NOISE, x0.shape[1:]).to(x0)
         cond = self.model.condition(batch.captions, batch.columns)
         schedule = for_size(self.model.denoiser.schedule, x0.shape)
+        counts = self.objective.counts(batch.columns.get("mask"), x0)
         terms = {}
         for i in range(VALIDATION_LEVELS):
             u = torch.full((len(x0),), (i + 0.5) / VALIDATION_LEVELS, device=x0.device)
             level = schedule.at(schedule.from_unit(u))
             terms[f"loss_at_{i + 0.5:g}_of_{VALIDATION_LEVELS}"] = denoising_error(
-                self.model.denoiser, x0, noise, level, cond
+                self.model.denoiser, x0, noise, level, cond, counts
             )
         return {"loss": torch.stack(list(terms.values())).mean(0), **terms}
 

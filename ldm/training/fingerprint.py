@@ -16,7 +16,7 @@ from ldm.training.stage_module import StageModule
 
 _WITHOUT_EFFECT = ("weights", "sha256", "gradient_checkpointing")  # a start's files; memory against time
 _CAPTIONS = tuple(f"data.{name}" for name in asdict(Captions()))  # the autoencoder looks at pictures only
-_ORDER = tuple(f"data.{name}" for name in ("lanes", "window_mb", "remainder", "num_train", "manifest"))
+_ORDER = tuple(f"data.{name}" for name in ("lanes", "window_mb", "remainder", "num_train", "manifest", "uses"))
 
 
 def settings_of(cfg: Config, stage: str) -> dict[str, Any]:
@@ -25,9 +25,13 @@ def settings_of(cfg: Config, stage: str) -> dict[str, Any]:
     flat: dict[str, Any] = {"seed": cfg["seed"]}
     for key in ("image_size", "crop", "flip_prob", "upscale", "background", "caption_prefix", "caption_suffix"):
         flat[f"data.{key}"] = cfg["data"].get(key)
-    for key, default in {"repeats": None, **asdict(Captions())}.items():
+    for key, default in {"repeats": None, "weights": None, **asdict(Captions())}.items():
+        if key == "on_missing_caption":  # told by the number of samples
+            continue
         if cfg["data"].get(key, default) != default:  # left out by default: runs from before these settings go on
             flat[f"data.{key}"] = cfg["data"][key]
+    if (bucket := cfg["data"].get("bucket") or {}).get("enable_bucket"):
+        _flatten(flat, "data.bucket", bucket)
     for key in ("max_steps", "batch_size", "grad_clip", "optimizer", "lr_schedule", "ema"):
         _flatten(flat, f"stage.{stage}.{key}", node[key])
     if stage == "autoencoder":
@@ -37,7 +41,10 @@ def settings_of(cfg: Config, stage: str) -> dict[str, Any]:
         _flatten(flat, "data.columns", cfg["data"].get("columns") or {})
         for key in ("network", "conditioner"):
             _flatten(flat, f"model.{key}", cfg["model"][key])
-        _flatten(flat, "scheduler", cfg["scheduler"])
+        scheduler = dict(cfg["scheduler"])
+        if not scheduler.get("unmasked_weight"):  # as above
+            scheduler.pop("unmasked_weight", None)
+        _flatten(flat, "scheduler", scheduler)
     # derived from max_steps: one accepted difference must not need two names
     flat.pop(f"stage.{stage}.lr_schedule.max_steps", None)
     return _deciding(flat, stage)

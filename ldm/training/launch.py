@@ -123,7 +123,7 @@ def _worker(
     from ldm.training.place import Place
     from ldm.training.run_stage import run_stage
 
-    _die_with_parent()
+    die_with_parent()
     os.setpgid(0, 0)  # a Ctrl-C in the terminal reaches the parent alone, which passes it on once
     os.environ.update(environment, LOCAL_RANK=str(local_rank), NODE_RANK="0")
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // world_size))
@@ -152,7 +152,7 @@ def _first_error(endings: Any) -> LdmError | None:
     return None if endings.empty() else endings.get()
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """On Linux the kernel ends a worker whose parent was killed."""
     try:
         import ctypes

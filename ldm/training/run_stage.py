@@ -21,6 +21,7 @@ from ldm.checkpoints.files import truncate_jsonl
 from ldm.checkpoints.run import StagePaths, redact
 from ldm.checkpoints.store import Store
 from ldm.data.bad_samples import in_words
+from ldm.data.cache import Cache
 from ldm.data.datamodule import DataModule
 from ldm.data.index import BAD_KINDS
 from ldm.model import load_pretrained
@@ -73,6 +74,7 @@ def run_stage(cfg: Config, trusted: tuple[str, ...], stage: str, folder: Path, p
         bad_samples_file=paths.bad_samples,
     )
     module = build_module(cfg, trusted, stage, folder, precision)
+    cache = Cache.open(data.cache) if data.cache and isinstance(module, DiffusionModule) else None
     fingerprint = fingerprint_of(cfg, stage, data, module)
     environment = {
         "precision": precision,
@@ -81,12 +83,16 @@ def run_stage(cfg: Config, trusted: tuple[str, ...], stage: str, folder: Path, p
         "micro_batch": micro_batch,
         "threads": torch.get_num_threads(),
     }
+    if cache is not None and cache.about["dtype"] != "float32":
+        environment["latents"] = f"of a cache in {cache.about['dtype']}"
     if checkpoint is not None:
         check_drift(checkpoint, stage, fingerprint, environment, cfg["resume"]["allow"], place)
         module.resume_from(checkpoint)
         data.ledger.load_state_dict(checkpoint.document("state")["bad_samples"])
     elif isinstance(module, DiffusionModule) and not cfg["init_from"]:
         load_pretrained(module.model.conditioner)
+    if cache is not None and isinstance(module, DiffusionModule):
+        module.use_cache(cache, data, trusted)
     if place.rank == 0:
         for log_file in (paths.metrics, paths.nonfinite):  # of a life that was cut off after its last save
             truncate_jsonl(log_file, "train/step", start_step)
@@ -94,6 +100,8 @@ def run_stage(cfg: Config, trusted: tuple[str, ...], stage: str, folder: Path, p
             print(f"{stage}: continuing at step {start_step}", flush=True)
     if place.rank == 0:
         _announce(stage, module, settings_node, place, micro_batch, data)
+        if (buckets := data.bucket_report()) is not None:
+            print(f"{stage}: {buckets}", flush=True)
 
     monitor = _monitor(cfg, stage, folder) if place.rank == 0 else None
     validation = Validation(settings_node["validate_every"])

@@ -54,6 +54,28 @@ def test_ages_are_in_samples_of_all_ranks():
     assert slot == 100 and abs(age - (100 - 4000)) <= 8
 
 
+@pytest.mark.parametrize("first", [1, 2])
+@pytest.mark.parametrize("then", [1, 2])
+def test_the_share_that_is_said_counts_what_earlier_lives_saw(first, then):
+    ranks = [BadSamples(rank=r, world_size=first) for r in range(first)]
+    for ledger in ranks:
+        live(ledger, range(5000), [(slot, "decode") for slot in range(90)])
+    saved = json.loads(json.dumps(ranks[0].merged([ledger.state_dict() for ledger in ranks])))
+    assert saved["seen"] == 5000
+    ranks = [BadSamples(rank=r, world_size=then) for r in range(then)]
+    with pytest.raises(LdmError) as stopped:
+        for ledger in ranks:
+            ledger.load_state_dict(saved)
+            live(ledger, range(5000, 6000), [(slot, "decode") for slot in range(5900, 6000)])
+    # of the 5000 and 900 that were seen the limit of 100 in 10 000 is reached in the eleventh (of two: in both halves)
+    assert stopped.value.what == "1.7 % bad samples"
+    before = {key: saved[key] for key in ("counts", "recent")}  # of a checkpoint that does not have it yet
+    ledger = BadSamples()
+    ledger.load_state_dict(before)
+    with pytest.raises(LdmError, match=r"1\.7 % bad"):
+        live(ledger, range(5000, 6000), [(slot, "decode") for slot in range(5900, 6000)])
+
+
 def test_what_training_took_is_told_once_and_not_ahead():
     ledger = BadSamples(max_fraction=1.0)
     live(ledger, range(16), BAD)

@@ -155,6 +155,12 @@ def test_tags_are_shuffled_behind_the_kept_ones():
 
 def test_other_separators_and_few_tags():
     assert sorted(text(txt=b"a; b,c ;;d", shuffle_caption=True, caption_separator=";").split("; ")) == ["a", "b,c", "d"]
+    found = {
+        text(txt=b"red and blue and tall", shuffle_caption=True, caption_separator=" and ", order=n) for n in range(9)
+    }
+    assert all(sorted(tags.split(" and ")) == ["blue", "red", "tall"] for tags in found) and len(found) > 2
+    assert sorted(text(txt=b"a | b", shuffle_caption=True, caption_separator=" | ")) == sorted("a | b")
+    assert text(txt=b"b  a", shuffle_caption=True, caption_separator=" ", keep_tokens=2) == "b a"
     assert text(txt=b"one", shuffle_caption=True, keep_tokens=5) == "one"
     assert text(shuffle_caption=True) == ""
     shuffled = text(txt=b"a,b", shuffle_caption=True, caption_prefix="x, ", caption_suffix=", y", order=3)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from ldm.data.datamodule import DataModule
+from ldm.data.moments import MomentTables
 from ldm.errors import LdmError
 from tests.data.making import picture, sample, shared, write_shards, write_tar
 
@@ -37,7 +38,7 @@ def test_a_split_by_keys_depends_on_keys_alone(tmp_path):
     sets = [configured(path, val_fraction=0.2) for path in (one, two)]
     keys = [[dm.dataset(split).keys for split in ("train", "val")] for dm in sets]
     assert keys[0] == keys[1] and 4 < len(keys[0][1]) < 22
-    assert sorted(keys[0][0] + keys[0][1]) == [f"s{n:05d}" for n in range(60)]
+    assert sorted([*keys[0][0], *keys[0][1]]) == [f"s{n:05d}" for n in range(60)]
 
 
 def test_without_validation_data(tmp_path):
@@ -83,20 +84,20 @@ def test_ranks_resume_and_workers(tmp_path):
 def test_encoding_and_moments(tmp_path):
     write_shards(tmp_path, [7, 6])
     write_shards(tmp_path, [3], prefix="val")
-    dm = configured(tmp_path, crop="random", flip_prob=1.0)
+    dm = configured(tmp_path, crop="random")
     batches = list(dm.encode_dataloader("train", 5))
     assert torch.cat([b.slots for b in batches]).tolist() == list(range(13)) and len(batches) == 3
     shards = [configured(tmp_path, rank=r, world_size=2).encode_dataloader("train", 5, sharded=True) for r in range(2)]
     assert sorted(int(s) for stream in shards for b in stream for s in b.slots) == list(range(13))
     means = torch.cat([b.images for b in batches]).mean(dim=(1, 2, 3))
     moments = means[:, None, None, None].expand(13, 2, 1, 1)
-    dm.use_moments((moments, torch.ones(13, dtype=torch.bool)))
+    dm.use_moments(MomentTables.of(moments))
     batch = next(iter(dm.train_dataloader()))
     ids = [dm.dataset("train").keys.index(key) for key in batch.keys]
     assert batch.images is None and torch.equal(batch.moments[:, 0, 0, 0], means[ids])
     assert next(iter(dm.val_dataloader(3))).images is not None
     with pytest.raises(ValueError, match="12 moments for 13"):
-        dm.use_moments((moments[:12], torch.ones(12, dtype=torch.bool)))
+        dm.use_moments(MomentTables.of(moments[:12]))
 
 
 def test_what_the_index_rejects_counts_against_the_budget(tmp_path):

@@ -14,6 +14,7 @@ import pytest
 
 from ldm.data import tar
 from ldm.data.decode import BadSample
+from ldm.data.index import BAD_KINDS
 from ldm.data.shards import open_dataset
 from ldm.errors import LdmError
 from tests.data.making import encoded, picture, sample, write_shards, write_tar
@@ -50,7 +51,7 @@ def test_the_saved_index_is_used_until_the_shard_changes(tmp_path, capfd):
     again = opened(tmp_path)
     assert capfd.readouterr().err == ""
     assert again.keys == first.keys and again.manifest_hash == first.manifest_hash
-    assert (again.members == first.members).all()
+    assert (again.indexes[0].members == first.indexes[0].members).all()
     write_tar(tmp_path / "train-000001.tar", sample(9))
     changed = opened(tmp_path)
     assert "indexed 1 of 2 shards" in capfd.readouterr().err
@@ -82,7 +83,7 @@ def test_reading_compares_with_the_index(tmp_path):
     data = opened(tmp_path)
     shard = tmp_path / "train-000000.tar"
     content = bytearray(shard.read_bytes())
-    content[data.members[0, 0, 0] + 50] ^= 1
+    content[data.indexes[0].place(0, "image")[0] + 50] ^= 1
     shard.write_bytes(content)
     for action, kind in ((None, "decode"), (lambda: os.truncate(shard, 700), "truncated_shard")):
         if action:
@@ -273,7 +274,8 @@ def test_names_long_dotted_and_hostile(tmp_path):
 def test_further_pictures_of_a_sample_are_no_samples(tmp_path):
     members = [*sample(0), ("s00000.depth.png", picture(5))]
     data = opened(write_tar(tmp_path / "a.tar", members), on_missing_caption="empty")
-    assert data.keys == ["s00000"] and data.problems == {"unknown_suffix": 1}
+    assert data.keys == ["s00000"] and not data.problems
+    assert data.read(0, (".depth.png", ".mask.png")) == {".depth.png": picture(5)}
 
 
 def test_unknown_suffixes_are_never_read(tmp_path):
@@ -306,7 +308,7 @@ def test_samples_that_the_index_rejects(tmp_path):
         "caption_missing": 1,
         "size_policy": 1,
     }
-    assert data.num_rejected == 6
+    assert sum(data.problems[kind] for kind in BAD_KINDS) == 6
     assert {e.key for e in data.examples} == {"html", "zero", "lone", "latin", "blank", "long"}
     with_blank = opened(tmp_path / "a.tar", on_missing_caption="empty")
     assert with_blank.keys == ["blank", "s00000"] and "txt" not in with_blank.read(0)

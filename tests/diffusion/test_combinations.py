@@ -44,6 +44,8 @@ def test_parts_are_chosen_one_by_one():
         (["scheduler=flow", "scheduler/prediction=x0", "scheduler/weighting=snr"], ("SNR", "X0", "RectifiedFlow")),
         (["scheduler=sd", "scheduler.schedule.beta_end=2"], ("beta_end",)),
         (["scheduler.masked=true"], ("'mask'", "given: caption")),
+        (["scheduler.masked=true", "data.columns.mask=mask.png"], ("'mask', a picture", "data.columns.mask=.mask.png")),
+        (["scheduler.masked=true", "data.columns.mask=.mask.png", "scheduler.unmasked_weight=2"], ("unmasked_weight",)),
     ],
     ids=str,
 )

@@ -212,6 +212,52 @@ def test_mask_counts_by_area():
     assert (corner > 0).all() and (corner < full / 64).all()
 
 
+class Field(torch.nn.Module):
+    """A network that is one free number for each latent of each sample."""
+
+    def __init__(self, count):
+        super().__init__()
+        self.values = torch.nn.Parameter(x0_like(count))
+
+    def forward(self, x, time, cond):
+        return self.values
+
+
+@pytest.mark.parametrize("distance", [MSE(), Huber(), SmoothL1()])
+def test_outside_of_a_mask_the_gradient_is_exactly_zero(distance):
+    """A mask of 0 and 1 whose borders lie on latents; without the mask no gradient is zero."""
+    inside = torch.rand(3, 1, 4, 6, generator=torch.Generator().manual_seed(1)) < 0.5
+    mask = inside.float().repeat_interleave(8, 2).repeat_interleave(8, 3)
+    inside = inside.expand(3, *SHAPE)
+    for masked in (True, False):
+        field = Field(3)
+        objective = Objective(Uniform(), Unit(), distance=distance, masked=masked)
+        loss = objective.loss(Denoiser(field, RectifiedFlow(), Flow()), x0_like(3), Conditioning(), draws(3), mask)
+        (gradient,) = torch.autograd.grad(loss.sum(), field.values)
+        assert (gradient[inside] != 0).all()
+        assert (gradient[~inside] == 0).all() if masked else (gradient[~inside] != 0).all()
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.1, 1.0])
+def test_what_a_mask_leaves_out_counts_at_least_its_weight(weight):
+    denoiser, x0 = Denoiser(Field(3), RectifiedFlow(), Flow()), x0_like(3)
+    mask = torch.rand(3, 1, 8, 12, generator=torch.Generator().manual_seed(1)).round()
+    objective = Objective(Uniform(), Unit(), masked=True, unmasked_weight=weight)
+    level = RectifiedFlow().at(Uniform()(draws(3), RectifiedFlow()))
+    noise = Plain()(draws(3), SHAPE)[0]
+    area = mask.unflatten(2, (4, 2)).unflatten(4, (6, 2)).mean((3, 5))
+    error = (denoiser.network.values - (noise - x0)).square()
+    expected = (error * torch.maximum(area, torch.tensor(weight))).mean((1, 2, 3))
+    torch.testing.assert_close(objective.loss(denoiser, x0, Conditioning(), draws(3), mask), expected)
+    counts = objective.counts(mask, x0)
+    torch.testing.assert_close(denoising_error(denoiser, x0, noise, level, Conditioning(), counts), expected)
+    for wrong in (-0.1, 1.1):
+        with pytest.raises(ValueError, match="unmasked_weight"):
+            Objective(Uniform(), Unit(), masked=True, unmasked_weight=wrong)
+    with pytest.raises(ValueError, match="masked=true"):
+        Objective(Uniform(), Unit(), unmasked_weight=0.5)
+
+
 @pytest.mark.parametrize(
     "mask", [None, ["a.png"] * 3, torch.ones(3, 8, 8), torch.ones(2, 1, 8, 8), torch.ones(3, 3, 8, 8)]
 )

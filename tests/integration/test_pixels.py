@@ -179,7 +179,7 @@ def test_pixels_are_their_own_moments():
     """No variance is stored, and no noise is drawn for a posterior that there is not."""
     autoencoder, images = Identity(), torch.rand(5, 3, 8, 8)
     assert autoencoder.moments(images) is images and autoencoder.moment_channels == 3
-    encoded = encode_dataset(autoencoder, [make_batch(images)], 5, (8, 8))
+    encoded = encode_dataset(autoencoder, [make_batch(images)], np.full((5, 2), 8))
     assert torch.equal(encoded.tables[0], images) and encoded.usable.all()
     assert AutoencoderKL(block_channels=[32]).moment_channels == 8
 

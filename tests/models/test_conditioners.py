@@ -212,6 +212,39 @@ def test_two_towers_join_token_by_token():
     assert torch.equal(got.tokens[..., 16:], parts["b"](["a star"]).tokens)
 
 
+def test_a_joined_token_counts_if_any_part_of_it_does():
+    whole = Compose({"a": text(trim=False), "b": text(trim=False)}, join="channels")
+    tokens, vector = torch.zeros(1, 3, 16), torch.zeros(1, 16)
+
+    def mask_of(*masks):
+        given = [None if m is None else torch.tensor([m]) > 0 for m in masks]
+        found = whole.joined([Conditioning(tokens=tokens, mask=m, vector=vector) for m in given]).mask
+        return None if found is None else found.int().tolist()
+
+    assert mask_of([1, 0, 0], [1, 1, 0]) == mask_of([1, 1, 0], [1, 0, 0]) == [[1, 1, 0]]
+    assert mask_of([1, 0, 0], None) == [[1, 1, 1]] and mask_of(None, None) is None
+
+
+def test_a_column_may_be_a_tensor():
+    """A vector for each sample, as the data hand it over; the rows that are dropped are absent."""
+
+    class Vector(nn.Module):
+        reads, checks, drop_prob = ("v",), {}, 0.5
+
+        def forward(self, values):
+            self.got = values
+            return Conditioning(vector=torch.zeros(len(values), 1))
+
+    part, vectors = Vector(), torch.arange(1.0, 13).view(4, 3)
+    condition(part, {"v": vectors}, 4)
+    assert torch.equal(torch.stack(list(part.got)), vectors)
+    condition(part, {"v": vectors}, 4, draws(4))
+    kept = [v is not None for v in part.got]
+    assert 0 < sum(kept) < 4 and all(v is None or torch.equal(v, row) for v, row in zip(part.got, vectors, strict=True))
+    condition(part, {}, 4)
+    assert part.got == [None] * 4
+
+
 @pytest.mark.parametrize(
     "a,b,words",
     [

@@ -11,10 +11,13 @@ from rich.console import Console
 
 from ldm.__main__ import VERBS
 from ldm.cli import handled
+from ldm.config import compose
+from ldm.data.datamodule import DataModule
 from ldm.tools.inspect import Options, inspect, main
 from ldm.tools.inspect_verdict import verdict
 from ldm.tools.inspect_view import show
-from tests.data.making import shared, write_tar
+from tests.data.making import shared, write_shards, write_tar
+from tests.data.test_sources import denied
 from tests.tools.making import encoded, mosaic, write_folder
 
 
@@ -73,6 +76,7 @@ def test_counts_sizes_and_shapes(tmp_path):
     assert (aspects[0.5], aspects[0.9], aspects[1.45], aspects[2.0]) == (1, 4, 1, 1)
     kept = (3 * 1 + 2 * 0.5 + 129 / 130 + 0.6) / 7  # short side by long side
     assert pictures["centre_crop_loses"] == pytest.approx(1 - kept)
+    assert 0 <= pictures["buckets_lose"] < pictures["centre_crop_loses"]
     captions = report["captions"]
     assert (captions["with"], captions["without"], captions["distinct"]) == (6, 1, 6)
     assert captions["first_without"] == "clear.png"
@@ -157,6 +161,41 @@ def test_one_caption_for_all_and_none(tmp_path):
     assert report_of(folder, tmp_path, caption="filename")["captions"]["with"] == 25
 
 
+def test_second_pictures_are_remarked_as_training_does(tmp_path):
+    folder = write_folder(tmp_path / "in", 6)
+    for n in range(3):
+        (folder / f"p{n:03d}.jpg").write_bytes(encoded(mosaic(20 + n), "JPEG"))
+        (folder / f"p{n:03d}.mask.png").write_bytes(encoded(mosaic(30 + n)))
+    (folder / "p005.jpeg").write_bytes(encoded(mosaic(40), "JPEG"))
+    (folder / "p005.jpg").write_bytes(encoded(mosaic(41), "JPEG"))
+    assert DataModule(str(folder), index_dir=str(tmp_path / "i")).open().num_train == 6  # training takes them
+    report = report_of(folder, tmp_path)
+    assert report["verdict"]["usable"] and report["bad"]["count"] == 0 and report["samples"]["good"] == 6
+    assert report["remarks"]["kinds"]["second_image"]["count"] == 4
+
+
+def test_what_cannot_be_read_is_counted_and_named(tmp_path):
+    folder = write_folder(tmp_path / "in", 4)
+    (folder / "gone.png").symlink_to(tmp_path / "nowhere")
+    (folder / "eio.png").symlink_to("/proc/self/mem")
+    write_folder(folder / "shut", 2)
+    assert report_of(folder, tmp_path)["bad"]["count"] == 2  # and what Python imports late is there
+    with denied(tmp_path, folder / "shut"):
+        report = report_of("in", Path())
+    assert report["bad"]["kinds"]["fetch"]["count"] == 3 == report["bad"]["count"]
+    assert report["bad"]["kinds"]["fetch"]["first"] == {"path": "shut", "reason": "Permission denied"}
+    assert report["samples"]["good"] == 4 and not report["verdict"]["usable"]
+
+
+def test_what_is_said_of_validation_is_true(tmp_path):
+    folder = write_folder(tmp_path / "in", 6)
+    shards = write_shards(tmp_path / "shards", [6])
+    for place, words in ((folder, "a folder is trained on whole"), (shards, "of shards training holds out 1 %")):
+        assert any(words in line for line in findings(report_of(place, tmp_path), "note"))
+    defaults = {kind: compose("train", [f"data={kind}", "data.path=x"])["data"] for kind in ("folder", "shards")}
+    assert {kind: node["val_fraction"] for kind, node in defaults.items()} == {"folder": 0.0, "shards": 0.01}
+
+
 def test_a_table(tmp_path):
     write_folder(tmp_path / "in", 3)
     table = tmp_path / "in" / "list.csv"
@@ -178,7 +217,7 @@ KEYS = {
     "": "format path kind shards samples pictures captions bad remarks duplicates verdict",
     "shards": "count unusable truncated",
     "samples": "good train val bytes",
-    "pictures": "formats transparent short_side aspect centre_crop_loses",
+    "pictures": "formats transparent short_side aspect centre_crop_loses buckets_lose",
     "captions": "with without coverage distinct most_common first_without tokens",
     "bad": "count share kinds",
     "remarks": "kinds sentences",

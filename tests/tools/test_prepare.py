@@ -5,6 +5,7 @@ import errno
 import hashlib
 import io
 import json
+import math
 import os
 import resource
 import signal
@@ -14,12 +15,14 @@ import tarfile
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
 import ldm.tools.prepare as prepare_module
 from ldm.__main__ import VERBS
 from ldm.cli import handled
+from ldm.data.captions import Captions
 from ldm.data.shards import open_dataset
 from ldm.errors import LdmError
 from ldm.tools.prepare import Options, main, prepare
@@ -39,17 +42,18 @@ def members(tar):
 
 
 def samples(out, split=""):
-    """path -> (json, picture, caption) of everything in the shards."""
+    """path -> (what prepare says, picture, caption) of everything in the shards."""
     found = {}
     for tar in sorted(out.glob(f"{split}*.tar")):
         files = members(tar)
         for name in (n for n in files if n.endswith(".json")):
             key = name.removesuffix(".json")
-            [picture] = [files[n] for n in files if n.startswith(f"{key}.") and n[-4:] not in ("json", ".txt")]
-            about = json.loads(files[name])
+            [picture] = [files[f"{key}.{s}"] for s in ("jpg", "png", "webp") if f"{key}.{s}" in files]
+            own = json.loads(files[name])
+            about = own["prepare"]
             assert about["key"] == key
             assert about["path"] not in found
-            found[about["path"]] = about, picture, files[f"{key}.txt"]
+            found[about["path"]] = about | {"own": own}, picture, files.get(f"{key}.txt")
     return found
 
 
@@ -66,7 +70,8 @@ def lines(path):
 
 def test_original_bytes_captions_and_facts(tmp_path):
     folder = write_folder(tmp_path / "in", 12)
-    (folder / "p003.json").write_text('{"title": "three", "width": 1, "score": NaN}')
+    own = {"title": "three", "width": 1, "path": "/mine", "key": "k", "sha256": 0, "caption": {"x": 1}}
+    (folder / "p003.json").write_text(json.dumps(own | {"score": math.nan}))
     (folder / "deep").mkdir()
     (folder / "deep" / "x.y.jpeg").write_bytes(encoded(mosaic(50), "JPEG"))
     (folder / "deep" / "x.y.caption").write_text("über alles\nsecond line")
@@ -79,7 +84,7 @@ def test_original_bytes_captions_and_facts(tmp_path):
         assert about["sha256"] == hashlib.sha256(picture).hexdigest()
         assert txt == next(p for s in ("txt", "caption") if (p := source.with_suffix(f".{s}")).exists()).read_bytes()
         assert (about["width"], about["height"]) == (48, 40)
-    assert found["p003.png"][0] | {"title": "three", "score": None} == found["p003.png"][0]
+    assert found["p003.png"][0]["own"] == own | {"score": None, "prepare": found["p003.png"][0]["own"]["prepare"]}
     assert found["deep/x.y.jpeg"][0]["caption"] == "über alles second line"
     assert report["train"] + report["val"] == 13
     assert report["val"] == len(samples(tmp_path / "out", "val")) > 0
@@ -187,7 +192,7 @@ def test_a_table_with_columns_of_its_own(tmp_path, suffix):
     found = samples(tmp_path / "out")
     assert set(found) == {row["img"] for row in rows}
     about, _, txt = found["pics/p002.png"]
-    assert (about["caption"], about["score"], txt) == ("the 2th, with a comma", 2, b"the 2th, with a comma")
+    assert (about["caption"], about["own"]["score"], txt) == ("the 2th, with a comma", 2, b"the 2th, with a comma")
 
 
 def test_the_rows_of_a_table_that_cannot_be_used_are_named(tmp_path):
@@ -361,10 +366,18 @@ def test_a_shard_that_was_damaged_since_is_written_again(tmp_path):
     run(folder, out)
     whole = shards(out)
     (out / "train-000000.tar").write_bytes(b"cut")
-    with pytest.raises(LdmError, match="EXISTS"):
+    with pytest.raises(LdmError, match=r"EXISTS.*gone or changed: train-000000\.tar; .*overwrite=true"):
         run(folder, out)
     run(folder, out, overwrite=True)
     assert shards(out) == whole
+    (out / "val-000000.tar").unlink()
+    with pytest.raises(LdmError, match=r"EXISTS.*gone or changed: val-000000\.tar; .*overwrite=true"):
+        run(folder, out)
+    with pytest.raises(LdmError, match=r"EXISTS.*of other options"):
+        run(folder, out, val_fraction=0.5)
+    (out / "prepare_report.json").write_text('{"shards": [')  # cut
+    with pytest.raises(LdmError, match=r"EXISTS"):
+        run(folder, out, overwrite=True)  # whose shards these are is not known any more
 
 
 def test_nothing_is_overwritten_unasked(tmp_path):
@@ -403,6 +416,107 @@ def test_the_caption_that_was_chosen_is_the_one_that_is_written(tmp_path):
     )
     run(folder, tmp_path / "out", caption="metadata")
     assert {txt for _, _, txt in samples(tmp_path / "out").values()} == {b"new 0", b"new 1", b"new 2"}
+
+
+def captions_of(path, settings, index_dir):
+    """Picture's hash -> its captions, as training reads them."""
+    data = open_dataset(
+        str(path), caption=settings.caption, on_missing_caption=settings.on_missing_caption, index_dir=index_dir
+    )
+    samples = [(key, data.read(number)) for number, key in enumerate(data.keys)]
+    return {
+        hashlib.sha256(raw["image"]).hexdigest(): settings.all_of(key, raw.get("txt"), raw.get("json"))
+        for key, raw in samples
+    }
+
+
+def test_shards_give_the_captions_that_the_folder_gave(tmp_path):
+    """Several captions of one picture stay several, wherever they come from and however they are read."""
+    folder = tmp_path / "in"
+    for n, place in enumerate(["a", "b", "c", "d", "e", "f", "g", "10_red fox/h"]):
+        (folder / place).parent.mkdir(parents=True, exist_ok=True)
+        (folder / f"{place}.png").write_bytes(encoded(mosaic(n)))
+    (folder / "a.txt").write_text("one\ntwo\n")
+    (folder / "b.json").write_text('{"captions": ["x", "y", "z"], "caption": ""}')
+    (folder / "c.json").write_text('{"text": ["p", "q"], "caption": "other"}')
+    (folder / "d.txt").write_text("of the text")
+    (folder / "d.json").write_text('{"caption": "of the json", "text": null, "title": "T"}')
+    rows = [{"file_name": "e.png", "text": t} for t in ("first", "second")] + [{"file_name": "f.png", "caption": "one"}]
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "g.json").write_text('{"title": "G"}')
+    run(folder, tmp_path / "out", val_fraction=0, on_missing_caption="empty")
+    for caption in ("auto", "metadata", "sidecar", "{title}", "{class}"):
+        for lines_apart in (False, True):
+            settings = Captions(caption, caption_lines=lines_apart, on_missing_caption="empty")
+            there = captions_of(folder, settings, str(tmp_path / "i"))
+            back = captions_of(tmp_path / "out", settings, str(tmp_path / "j"))
+            more = {picture: texts for picture, texts in back.items() if texts != there[picture]}
+            assert there | more == back
+            # a caption of the metadata stands in a .txt too, where it is the only one
+            assert sorted(more.values()) == ([["one"], ["red fox"]] if caption == "sidecar" else [])
+    several = captions_of(tmp_path / "out", Captions(), str(tmp_path / "j")).values()
+    assert sorted(several) == [
+        ["first", "second"], ["of the text"], ["one"], ["one two"], ["p", "q"], ["red fox"], ["x", "y", "z"]
+    ]  # fmt: skip
+    run(tmp_path / "out", tmp_path / "again", val_fraction=0, on_missing_caption="empty", index_dir=str(tmp_path / "k"))
+    settings = Captions(on_missing_caption="empty")
+    back = captions_of(tmp_path / "again", settings, str(tmp_path / "l"))
+    assert back == captions_of(folder, settings, str(tmp_path / "i"))
+    about = samples(tmp_path / "again")["train-000000.tar/000000000"][0]
+    assert about["own"]["prepare"]["path"] == "train-000000.tar/000000000"  # of this one, not of the first
+
+
+def test_masks_and_arrays_come_along(tmp_path):
+    folder = write_folder(tmp_path / "in", 6)
+    for n in range(5):
+        (folder / f"p{n:03d}.mask.png").write_bytes(encoded(mosaic(100 + n).convert("L")))
+    np.save(folder / "p003.emb.npy", np.arange(4, dtype=np.float32))
+    (folder / "p000.jpg").write_bytes(encoded(mosaic(97), "JPEG"))  # a second form of the picture does not
+    report = run(folder, tmp_path / "out", val_fraction=0, format="png")
+    assert report["train"] == 6 and report["skipped"] == {"second_image": 1}
+    names = members(tmp_path / "out" / "train-000000.tar")
+    own = {json.loads(data)["prepare"]["path"]: name[:-5] for name, data in names.items() if name.endswith(".json")}
+    assert set(own) == {"p000.jpg", *(f"p{n:03d}.png" for n in range(1, 6))}
+    assert len(names) == 6 * 3 + 5 + 1
+    for path, key in own.items():
+        mask = (folder / path).with_suffix(".mask.png")
+        assert (names.get(f"{key}.mask.png") == mask.read_bytes()) if mask.exists() else f"{key}.mask.png" not in names
+    again = run(tmp_path / "out", tmp_path / "again", val_fraction=0, index_dir=str(tmp_path / "i"))
+    assert again["skipped"] == {}
+    names = members(tmp_path / "again" / "train-000000.tar")
+    assert sum(name.endswith(".mask.png") for name in names) == 5 and sum(name.endswith(".emb.npy") for name in names)
+    data = open_dataset(str(tmp_path / "again"), columns={"mask": ".mask.png"}, index_dir=str(tmp_path / "j"))
+    assert data.num_samples == 6 and not data.problems
+
+
+def test_several_captions_of_a_table(tmp_path):
+    write_folder(tmp_path / "in", 1)
+    table = write_table(tmp_path / "in" / "list.jsonl", [{"image": "p000.png", "words": ["one", "two"], "key": 7}])
+    run(table, tmp_path / "out", caption_column="words", val_fraction=0)
+    assert list(captions_of(tmp_path / "out", Captions(), str(tmp_path / "i")).values()) == [["one", "two"]]
+    assert samples(tmp_path / "out")["p000.png"][0]["own"]["key"] == 7
+
+
+def test_a_template_that_some_lack(tmp_path):
+    folder = write_folder(tmp_path / "in", 4)
+    for n in range(3):
+        (folder / f"p{n:03d}.json").write_text(json.dumps({"title": f"T{n}" if n else None}))
+    report = run(folder, tmp_path / "skip", caption="a {title}", val_fraction=0)
+    assert report["train"] == 2 and report["skipped"] == {"caption_missing": 2}
+    report = run(folder, tmp_path / "empty", caption="a {title}", val_fraction=0, on_missing_caption="empty")
+    assert sorted(txt for _, _, txt in samples(tmp_path / "empty").values()) == [b"", b"", b"a T1", b"a T2"]
+
+
+def test_what_cannot_be_read_is_not_called_written(tmp_path):
+    folder, out = write_folder(tmp_path / "in", 2), tmp_path / "out"
+    for place, words in {
+        folder / "p000.png": "cannot read: Input/output error",
+        out / "x.tar": "OUT cannot be used: Input/output error",
+        tmp_path: "OUT cannot be used: Input/output error",
+    }.items():
+        with pytest.raises(LdmError, match=words) as caught, prepare_module._disk(out):
+            raise OSError(errno.EIO, "Input/output error", str(place))
+        assert caught.value.exit_code == 2 and str(place) in caught.value.line()
 
 
 def test_changed_data_is_another_plan(tmp_path):

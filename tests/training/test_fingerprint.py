@@ -25,6 +25,14 @@ def test_a_setting_counts_if_it_changes_what_a_step_computes(word, counts):
     assert (before != after) is counts
 
 
+def test_a_weight_of_what_masks_leave_out_counts_where_there_is_one():
+    cfg = compose("train", ["experiment=demo"])
+    older = {key: value for key, value in cfg["scheduler"].items() if key != "unmasked_weight"}
+    some = {**older, "unmasked_weight": 0.5}
+    before, missing, now = (settings_of({**cfg, "scheduler": s}, "diffusion") for s in (cfg["scheduler"], older, some))
+    assert before == missing and now == {**before, "scheduler.unmasked_weight": 0.5}
+
+
 def test_the_files_that_a_frozen_tower_started_from_may_move():
     def settings(weights):
         words = ["model/conditioner=open_clip", f"model.conditioner.weights={weights}"]
@@ -37,12 +45,15 @@ def test_every_setting_of_the_text_and_of_repeats_counts():
     cfg = compose("train", ["experiment=demo"])
     before = settings_of(cfg, "diffusion")
     others = ["a {title}", True, "random", True, 2, ";", "a ", " b"]
-    changed = dict(zip(asdict(Captions()), others, strict=True)) | {"repeats": 3}
+    *names, missing = asdict(Captions())
+    changed = dict(zip(names, others, strict=True)) | {"repeats": 3}
     for key, value in changed.items():
         now = settings_of({**cfg, "data": {**cfg["data"], key: value}}, "diffusion")
         assert {k for k in now if now[k] != before.get(k)} == {f"data.{key}"}
     older = {k: v for k, v in cfg["data"].items() if k not in changed or "fix" in k}  # before these settings existed
     assert settings_of({**cfg, "data": older}, "diffusion") == before
+    assert missing == "on_missing_caption"  # of which the number of samples tells
+    assert settings_of({**cfg, "data": {**cfg["data"], missing: "empty"}}, "diffusion") == before
 
 
 class _Checkpoint:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, cast
 
 import torch
@@ -115,10 +116,11 @@ class Compose(nn.Module):
         masks = [c.mask for c in texts]
         if all(mask is None for mask in masks):
             return None
-        if self.join == "channels":
-            return next(mask for mask in masks if mask is not None)
         whole = [torch.ones(c.tokens.shape[:2], dtype=torch.bool, device=c.tokens.device) for c in texts]  # type: ignore[union-attr]
-        return torch.cat([ones if mask is None else mask for ones, mask in zip(whole, masks, strict=True)], dim=1)
+        given = [ones if mask is None else mask for ones, mask in zip(whole, masks, strict=True)]
+        if self.join == "channels":  # a token counts if any part of it does
+            return torch.stack(given).any(0)
+        return torch.cat(given, dim=1)
 
 
 def _agreed(name: str, said: int | None, found: int) -> int | None:
@@ -138,11 +140,18 @@ def _kept(conditioner: Any) -> list[Any]:
     return [conditioner.parts[name] for name in conditioner.keep] if isinstance(conditioner, Compose) else []
 
 
-def condition(conditioner: Any, columns: Columns, num_samples: int, draws: Draws | None = None) -> Conditioning:
+def condition(
+    conditioner: Any,
+    columns: Columns,
+    num_samples: int,
+    draws: Draws | None = None,
+    instead: Mapping[Any, Callable[..., Conditioning]] = MappingProxyType({}),
+) -> Conditioning:
     """The conditioning of B = `num_samples` samples from their columns.
 
     draws: training's; each conditioner then drops its own share of the samples. Draw 0 of a sample belongs to the
     conditioner, draw i to the i-th part of a `Compose`: a further part changes nobody's draws.
+    instead: what is called in the place of a conditioner, where its results are known already.
     """
     parts, kept = parts_of(conditioner), _kept(conditioner)
     u = None
@@ -157,13 +166,16 @@ def condition(conditioner: Any, columns: Columns, num_samples: int, draws: Draws
     for i, part in enumerate(parts, start=1):
         own = dropped(i, part.drop_prob) if part is not conditioner else everything
         drop = own if part in kept else [a or b for a, b in zip(everything, own, strict=True)]
-        given.append(part(*(_values(columns, name, drop) for name in part.reads)))
+        call = instead.get(part, part)
+        given.append(call(*(_values(columns, name, drop) for name in part.reads)))
     return conditioner.joined(given) if isinstance(conditioner, Compose) else given[0]
 
 
 def _values(columns: Columns, name: str, drop: list[bool]) -> list[Any]:
     absent = "" if name == "caption" else None
-    values = columns.get(name) or [absent] * len(drop)
+    values = columns.get(name)
+    if values is None or len(values) == 0:
+        return [absent] * len(drop)
     return [absent if gone or value is None else value for gone, value in zip(drop, values, strict=True)]
 
 
