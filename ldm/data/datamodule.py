@@ -196,7 +196,7 @@ class DataModule(pl.LightningDataModule):
         """All that the order of samples depends on, apart from seed and batch size."""
         lanes = self._run["order"].lanes if self._run else self.lanes
         repeats = self.dataset("train").repeats
-        uses = {} if (repeats == 1).all() else {"uses": hashlib.sha256(np.ascontiguousarray(repeats)).hexdigest()}
+        uses = {} if (repeats == 1).all() else {"uses": hashlib.sha256(repeats.tobytes()).hexdigest()}
         return {
             "lanes": lanes,
             "window_mb": self.window_mb,
