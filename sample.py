@@ -7,12 +7,12 @@ from ldm.cli import run
 
 def main(cfg: dict[str, Any], trusted: tuple[str, ...]) -> int | None:
     """Makes pictures with a trained model; run=PATH chooses it, by default the run that was trained last."""
-    from ldm.checkpoints.run import find_run
+    from ldm.sampling.request import read_request
 
-    find_run(cfg["run"])
-    from ldm.sampling.main import sample  # here: help, and errors of configuration and run, do not wait for torch
+    request = read_request(cfg)
+    from ldm.sampling.main import sample  # here: help, and errors of configuration and files, do not wait for torch
 
-    return sample(cfg, trusted)
+    return sample(cfg, request, trusted)
 
 
 if __name__ == "__main__":

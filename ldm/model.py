@@ -13,8 +13,8 @@ from ldm import build
 from ldm.checkpoints.files import sha256_of
 from ldm.checkpoints.formats.keymap import check_shapes
 from ldm.checkpoints.formats.reading import read_file, read_json, read_part
-from ldm.checkpoints.run import find_run
-from ldm.checkpoints.store import Checkpoint, Store
+from ldm.checkpoints.run import find_run, open_stage
+from ldm.checkpoints.store import Checkpoint
 from ldm.diffusion.denoiser import Denoiser
 from ldm.errors import LdmError, raise_all
 from ldm.models.autoencoder.identity import Identity
@@ -136,7 +136,13 @@ class LatentDiffusion(nn.Module):
             sampler=config.get("sampler"),
         )
         load_weights(model, weights_read, checkpoint.path, ignore="autoencoder.")
-        model.source = {"run": run.name, "step": checkpoint.step, "weights": weights}
+        model.source = {
+            "run": run.resolve().name,
+            "step": checkpoint.step,
+            "weights": weights,
+            "checkpoint": checkpoint.manifest["digest"],
+            "latent_id": state.get("latent_id") or autoencoder.latent_id(),
+        }
         return model.eval().requires_grad_(False).to(device)
 
 
@@ -185,19 +191,6 @@ def restrict(cond: Conditioning, denoiser: Denoiser) -> Conditioning:
         return cond
     fields = {name: getattr(cond, name) for name in consumes}
     return Conditioning(**fields)
-
-
-def open_stage(run: Path, stage: str) -> Checkpoint:
-    """The newest valid checkpoint of a stage."""
-    checkpoint = Store(run / stage / "ckpt").newest()
-    if checkpoint is None:
-        raise LdmError(
-            "NO-CHECKPOINT",
-            f"the stage {stage!r} of this run has no checkpoint",
-            where=str(run / stage),
-            next=f"train it: python train.py name={run.name} stages=[{stage}]",
-        )
-    return checkpoint
 
 
 def load_autoencoder(checkpoint: Checkpoint, trusted: tuple[str, ...] = ()) -> AutoencoderKL:

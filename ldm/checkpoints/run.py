@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from ldm.checkpoints import files
+from ldm.checkpoints.manifest import Verify
+from ldm.checkpoints.store import Checkpoint, Store
 from ldm.errors import LdmError, nearest
 
 log = logging.getLogger(__name__)
@@ -130,20 +132,26 @@ def open_run(output_dir: Path | str, name: str, *, steal_lock: bool = False, tru
         raise
 
 
-def find_run(path: Path | str | None = None, output_dir: Path | str = "runs") -> Path:
+def find_run(path: Path | str | None = None, output_dir: Path | str = "runs", *, where: str = "run") -> Path:
     """What `run=` means: a path, the name of a run in `output_dir`, or, when absent, the run last trained.
 
-    A path may also be an exported folder or a file; the caller looks inside. Raises LdmError (exit code 2).
+    A path may also be an exported folder or a file; the caller looks inside.   where: the key that names it.
+    Raises LdmError (exit code 2).
     """
     output_dir = Path(output_dir)
-    runs = sorted(entry.parent.name for entry in output_dir.glob("*/run.json"))
+    runs = _runs_in(output_dir)
     if path is not None:
         for found in (Path(path), output_dir / path):
             if found.is_file() and found.name == "LATEST":
-                return find_run(None, found.parent)
+                return find_run(None, found.parent, where=where)
             if found.exists():
+                if inside := [] if (found / "run.json").exists() else _runs_in(found):
+                    shown = [f"{where}={found / name}" for name in inside[:12]] + ["..."] * (len(inside) > 12)
+                    hint = "choose one: " + ", ".join(shown)
+                    raise LdmError("RUN", "this folder holds runs and is none", where=f"{where}={path}", next=hint)
                 return found
-        raise LdmError("RUN", "there is no such run", where=f"run={path}", next=nearest(Path(path).name, runs))
+        hint = nearest(Path(path).name, [*runs, *_runs_in(Path(path).parent)])
+        raise LdmError("RUN", "there is no such run", where=f"{where}={path}", next=hint)
     if not runs:
         raise LdmError("RUN", "nothing has been trained yet", where=str(output_dir), next="run: python train.py")
     try:
@@ -152,8 +160,26 @@ def find_run(path: Path | str | None = None, output_dir: Path | str = "runs") ->
         name = None
     if name not in runs:
         what = "LATEST names no run" if name is None else f"LATEST names {str(name)[:64]!r}, which is gone"
-        raise LdmError("RUN", what, where=str(output_dir), next=f"choose with run=PATH; {nearest('', runs)}")
+        raise LdmError("RUN", what, where=str(output_dir), next=f"choose with {where}=PATH; {nearest('', runs)}")
     return output_dir / name
+
+
+def _runs_in(folder: Path) -> list[str]:
+    return sorted(entry.parent.name for entry in folder.glob("*/run.json"))
+
+
+def open_stage(run: Path, stage: str, *, verify: Verify = "hash") -> Checkpoint:
+    """The newest checkpoint of a stage, for reading. Raises LdmError when there is none, or when it is damaged."""
+    advice = "the training command of this run with resume.fallback=true sets it aside and goes on from there"
+    checkpoint = Store(run / stage / "ckpt", verify=verify).newest(advice=advice)
+    if checkpoint is None:
+        raise LdmError(
+            "NO-CHECKPOINT",
+            f"the stage {stage!r} of this run has no checkpoint",
+            where=str(run / stage),
+            next=f"train it: python train.py name={run.name} stages=[{stage}]",
+        )
+    return checkpoint
 
 
 def write_error(folder: Path, rank: int, text: str) -> None:

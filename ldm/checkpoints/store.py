@@ -129,11 +129,14 @@ class Store:
         """Raise LdmError, naming file and reason, unless the checkpoint of this step is whole."""
         self.load(step)
 
-    def newest(self, *, fallback: bool = False) -> Checkpoint | None:
+    def newest(
+        self, *, fallback: bool = False, advice: str = "rerun with resume.fallback=true"
+    ) -> Checkpoint | None:
         """The checkpoint of the highest step, or None when there is none.
 
         An invalid one is refused with the valid alternative; with `fallback` it is set aside as `bad-step-...` and
-        the alternative taken. Nothing is renamed when no valid one exists.
+        the alternative taken. Nothing is renamed when no valid one exists.   advice: what the user of this command can
+        do about an invalid one.
         """
         broken: dict[int, LdmError] = {}
         found = self._newest_valid(broken)
@@ -154,7 +157,7 @@ class Store:
                 first.what,
                 where=first.where,
                 limit=f"newest valid is {found.step}",
-                next="rerun with resume.fallback=true",
+                next=advice,
             )
         for step, error in broken.items():
             log.warning("%s; set aside as %s", error.line(), self._set_aside(step, "bad").name)

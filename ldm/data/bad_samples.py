@@ -49,14 +49,14 @@ class BadSamples:
     ) -> None:
         self.max_fraction = 0.0 if strict else max_fraction
         self.max_consecutive = 0 if strict else max_consecutive
-        self.window = max(_MIN_WINDOW, num_samples) // world_size
+        self.window = max(_MIN_WINDOW, num_samples)  # in samples of all ranks, as slots are
         self.file = Path(file) if file else None
         self.rank, self.world_size = rank, world_size
         self.counts: Counter[str] = Counter()
         self.before: Counter[str] = Counter()
         self._of_slot: Counter[int] = Counter()
-        self._recent: deque[tuple[int, Bad]] = deque()  # (samples seen when it came, report)
-        self._seen = 0
+        self._recent: deque[Bad] = deque()  # of the slots in the window
+        self._next_slot = 0
         self._consecutive = 0
         self._written = _written_before(self.file)
 
@@ -66,7 +66,7 @@ class BadSamples:
         for report in reports:
             by_slot.setdefault(report.slot, []).append(Bad(*report))
         for slot in slots:
-            self._seen += 1
+            self._next_slot = int(slot) + 1
             for report in by_slot.get(int(slot), ()):
                 self.record(report)
             self._consecutive = 0
@@ -75,11 +75,12 @@ class BadSamples:
         self.counts[report.kind] += 1
         self._of_slot[report.slot] += 1
         self._consecutive += 1
-        self._recent.append((self._seen, report))
-        while self._recent[0][0] <= self._seen - self.window:
+        self._recent.append(report)
+        while self._recent[0].slot < self._next_slot - self.window:
             self._recent.popleft()
         self.write(report)
-        if self._consecutive > self.max_consecutive or len(self._recent) > self.max_fraction * self.window:
+        allowed = self.max_fraction * self.window / self.world_size
+        if self._consecutive > self.max_consecutive or len(self._recent) > allowed:
             raise self._exceeded()
 
     def taken(self, slots: Iterable[int]) -> int:
@@ -102,41 +103,37 @@ class BadSamples:
 
     def _exceeded(self) -> LdmError:
         if self._consecutive > self.max_consecutive:
-            reports = [report for _, report in self._recent][-self._consecutive :]
+            reports = list(self._recent)[-self._consecutive :]
             what, limit = f"{self._consecutive} bad samples in a row", f"limit {self.max_consecutive}"
             setting = "data.max_consecutive_bad"
         else:
-            reports = [report for _, report in self._recent]
-            share = len(reports) / max(1, min(self._seen, self.window))
+            reports = list(self._recent)
+            share = len(reports) * self.world_size / max(1, min(self._next_slot, self.window))
             what, limit = f"{100 * min(share, 1):.1f} % bad samples", f"limit {100 * self.max_fraction:.1f} %"
             setting = "data.max_bad_fraction"
         return budget_error(what, limit, Counter((r.kind, r.shard) for r in reports), self.file, setting)
 
     def state_dict(self, next_slot: int | None = None) -> dict[str, Any]:
         """What a checkpoint keeps. next_slot: first slot not trained on yet; reports from there on are left out."""
-        kept = [(s, r) for s, r in self._recent if next_slot is None or r.slot < next_slot]
-        ahead = Counter(r.kind for _, r in self._recent) - Counter(r.kind for _, r in kept)
-        recent = [[s - self._seen, *r] for s, r in kept]
-        return {"counts": dict(self.counts - ahead), "recent": recent, "seen": self._seen}
+        kept = [report for report in self._recent if next_slot is None or report.slot < next_slot]
+        ahead = Counter(report.kind for report in self._recent) - Counter(report.kind for report in kept)
+        return {"counts": dict(self.counts - ahead), "recent": [list(report) for report in kept]}
 
     def merged(self, states: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """One state of those of all ranks; ages are then in samples of all."""
+        """One state of those of all ranks."""
         counts = Counter(self.before)
         for state in states:
             counts += Counter(state["counts"]) - self.before
-        recent = [[len(states) * age, *report] for state in states for age, *report in state["recent"]]
-        seen = sum(state["seen"] for state in states)
-        return {"counts": dict(counts), "recent": sorted(recent, key=lambda row: row[:2]), "seen": seen}
+        recent = sorted((report for state in states for report in state["recent"]), key=lambda report: report[0])
+        return {"counts": dict(counts), "recent": recent}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up this rank's part of a merged state."""
         self.counts, self.before = Counter(state["counts"]), Counter(state["counts"])
         mine = state["recent"][self.rank :: self.world_size]
-        oldest = -min((age for age, *_ in state["recent"]), default=0)
-        self._seen = int(state.get("seen", oldest)) // self.world_size  # not kept by checkpoints of earlier versions
-        self._recent = deque((self._seen + int(age) // self.world_size, Bad(*report)) for age, *report in mine)
+        self._recent = deque(Bad(*row[-len(Bad._fields) :]) for row in mine)  # earlier versions began a row with an age
         self._of_slot.clear()
-        self._consecutive = 0
+        self._next_slot = self._consecutive = 0  # the next slot tells
 
 
 def in_words(counts: Mapping[str, int]) -> str:

@@ -16,10 +16,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ldm.data.order import Ids, Order, permutation
+from ldm.data.order import Ids, Order, even_lanes, permutation
 from ldm.errors import LdmError, nearest
 
-_LONG_LANE = 1024  # samples
 _MIXED_STEPS = 4  # of a rare bucket that are shuffled together, however small its share of a window is
 _LISTED = 8
 
@@ -172,7 +171,7 @@ class BucketOrder:
             parts_of_uses = len(np.unique(uses[rows] % 1)) - 1  # each of which an `Order` rounds to whole samples
             if self.remainder == "drop" and count - parts_of_uses < self.batch_size:
                 continue
-            lanes = _lanes(self.lanes, round(count))
+            lanes = even_lanes(self.lanes, round(count))
             mixed = _MIXED_STEPS * self.batch_size / lanes * weight / count / 2**20
             order = part(rows, lanes, min(window_mb, max(window_mb * weight / max(1.0, total), mixed)))
             self._parts.append((bucket, rows, order))
@@ -280,14 +279,6 @@ class BucketOrder:
         window = self._window_of(inner, lambda w: self._before(w)[i])
         before = self._before(window)
         return sum(before) + int(np.flatnonzero(self._turn(window) == i)[inner - before[i]])
-
-
-def _lanes(wanted: int, count: int) -> int:
-    """The largest divisor of `wanted` that cuts `count` samples into equal lanes, or into long ones: each lane counts
-    epochs of its own, so that in a short lane a sample more or less would be used noticeably more or less often.
-    """
-    divisors = (n for n in range(1, wanted + 1) if wanted % n == 0)
-    return max(n for n in divisors if n == 1 or (n <= count and count % n == 0) or count // n >= _LONG_LANE)
 
 
 def cut_away(image_sizes: NDArray[Any], sizes: NDArray[Any]) -> NDArray[np.float64]:

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from ldm.errors import LdmError
 
 Ids = NDArray[np.int64]
+_LONG_LANE = 1024  # samples: one more is then 0.1 %
 
 
 def raw_bits(count: int, *words: object) -> NDArray[np.uint64]:
@@ -37,8 +38,16 @@ def permutation(count: int, *words: object) -> Ids:
 
 
 def lanes_default(batch_size: int, num_samples: int) -> int:
-    """The largest divisor of the batch that is at most 8, and at most the number of samples."""
-    return max(n for n in range(1, 9) if batch_size % n == 0 and (n <= num_samples or n == 1))
+    """The largest divisor of the batch that is at most 8 and gives `even_lanes`."""
+    return max(even_lanes(n, num_samples) for n in range(1, 9) if batch_size % n == 0)
+
+
+def even_lanes(wanted: int, num_samples: int) -> int:
+    """The largest divisor of `wanted` that cuts the samples into equal lanes, or into long ones: each lane counts
+    epochs of its own, so that in a short lane a sample more or less would be used noticeably more or less often.
+    """
+    divisors = (n for n in range(1, wanted + 1) if wanted % n == 0)
+    return max(n for n in divisors if n == 1 or num_samples % n == 0 < num_samples or num_samples // n >= _LONG_LANE)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -66,14 +66,14 @@ class Remote:
             hint = "host names or addresses, without scheme, port and wildcards: [data.example.org]"
             raise LdmError("CONFIG", f"{names[hosts.index(None)]!r} is no host", where="data.remote.allow", next=hint)
         for key, value, least in (("cache_gb", cache_gb, 0), ("timeout_s", timeout_s, 0), ("retries", retries, -1)):
-            if not value > least:
+            if not (isinstance(value, int | float) and value > least):
                 raise LdmError("CONFIG", f"{key}={value}", where=f"data.remote.{key}", limit=f"more than {least}")
         self.allow = tuple(host for host in hosts if host)
         caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         self.cache_dir = Path(cache_dir).expanduser().absolute() if cache_dir else caches / "ldm" / "shards"
         self.cache_bytes = round(cache_gb * 1e9)
         self.offline = offline
-        self._client = Client(frozenset(self.allow), retries, timeout_s)
+        self._client = Client(frozenset(self.allow), retries, timeout_s, self._is_stopped)
         self._entries: dict[Path, _Entry] = {}
         self._failed: dict[Path, tuple[float, str]] = {}
         self.keeps_all = True
@@ -92,7 +92,11 @@ class Remote:
             check_hosts(parsed, self.allow, where)
             self._client.check(parsed)
             with ThreadPoolExecutor(_LOOKS) as pool:
-                entries = list(pool.map(self._look, parsed))
+                try:
+                    entries = list(pool.map(self._look, parsed))
+                except BaseException:
+                    self.stop()
+                    raise
         found = [self._path(entry) for entry in entries]
         self._entries |= dict(zip(found, entries, strict=True))
         self.keeps_all = sum(entry.seen.size for entry in self._entries.values()) <= self.cache_bytes
@@ -133,8 +137,11 @@ class Remote:
             raise Unreachable(reason) from error
 
     def stop(self) -> None:
-        """End what other threads are fetching."""
+        """End what other threads are asking for."""
         self._stopped = True
+
+    def _is_stopped(self) -> bool:
+        return self._stopped
 
     def open(self, path: Path) -> io.FileIO:
         """A file to read from, a shard at a URL fetched anew where it was given up meanwhile. Raises Unreachable."""
@@ -237,7 +244,7 @@ class Remote:
         self._make_room(entry.seen.size, part)
         try:
             with open(part, "r+b") as file:
-                sink = _Part(file, lambda: self._stopped)
+                sink = _Part(file)
                 self._client.fetch(entry.url, entry.seen, sink)
                 file.flush()
                 os.fsync(file.fileno())
@@ -254,10 +261,10 @@ class Remote:
 
 
 class _Part:
-    """The shard while it is fetched: bytes in order, and their hash. stopped: whether it is no longer wanted."""
+    """The shard while it is fetched: bytes in order, and their hash."""
 
-    def __init__(self, file: io.BufferedRandom, stopped: Callable[[], bool]) -> None:
-        self._file, self._stopped = file, stopped
+    def __init__(self, file: io.BufferedRandom) -> None:
+        self._file = file
         self.restart()
 
     def restart(self) -> None:
@@ -266,8 +273,6 @@ class _Part:
         self._hash = hashlib.sha256()
 
     def write(self, data: bytes) -> None:
-        if self._stopped():
-            raise Unreachable("stopped")
         self._file.write(data)
         self._hash.update(data)
         self.at += len(data)

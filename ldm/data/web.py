@@ -171,11 +171,13 @@ class Client:
     """Requests to the allowed hosts. Every method raises Unreachable where the server or the network fails.
 
     allow: hosts.   retries: further attempts at one request, with growing pauses.   timeout_s: without a byte.
+    stopped: whether nothing is wanted any more.
     """
 
     allow: frozenset[str]
     retries: int
     timeout_s: float
+    stopped: Callable[[], bool]
 
     def check(self, urls: Iterable[Url]) -> None:
         """Whether the requests can be made: packages, addresses, the use of the token. Raises LdmError."""
@@ -227,6 +229,8 @@ class Client:
             ranges = -(-(stop - start) // RANGE)
             limit.reschedule(asyncio.get_running_loop().time() + ranges * 2 * self.timeout_s)
             async for data in answer.content.iter_chunked(1 << 20):
+                if self.stopped():
+                    raise Unreachable("stopped")
                 if sink.at + len(data) > stop:
                     raise Unreachable(f"the server sent more than bytes {start}-{stop - 1}")
                 sink.write(data)
@@ -265,7 +269,7 @@ class Client:
                 return found
             except _Again as error:
                 hopeless = isinstance(error, _NoConnection) and url.host in _down
-                if attempt > self.retries or hopeless:
+                if attempt > self.retries or hopeless or self.stopped():
                     if isinstance(error, _NoConnection):
                         _down.add(url.host)
                     raise Unreachable(f"{error}; attempt {attempt} of {1 + self.retries}") from error

@@ -102,5 +102,5 @@ class Perturbed:
 
 
 def _check_at_least_zero(name: str, value: float) -> None:
-    if not value >= 0:
-        raise ValueError(f"{name} must be at least 0, not {value}")
+    if not (isinstance(value, int | float) and 0 <= value < math.inf):
+        raise ValueError(f"{name} must be a number of at least 0, not {value}")

@@ -46,6 +46,12 @@ class Objective:
         """Raises ValueError, naming both sides, if the parts cannot work together."""
         check_pair(schedule, prediction)
         check_finite(self.weighting, schedule, prediction)
+        ours, theirs = (getattr(part, "sigma_data", None) for part in (self.weighting, prediction))
+        if None not in (ours, theirs) and ours != theirs:
+            raise ValueError(
+                f"scheduler.weighting.sigma_data={ours}, scheduler.prediction.sigma_data={theirs}: both are the data's "
+                "standard deviation"
+            )
 
     def loss(
         self, denoiser: Denoiser, x0: Tensor, cond: Conditioning, draws: Draws, mask: Tensor | None = None

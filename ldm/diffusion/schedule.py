@@ -114,8 +114,9 @@ class DiscreteVP(_Steps):
     def __post_init__(self) -> None:
         if self.betas not in ("linear", "scaled_linear", "sigmoid"):
             raise ValueError(f"betas must be 'linear', 'scaled_linear' or 'sigmoid', not {self.betas!r}")
-        if not 0 < self.beta_start <= self.beta_end < 1 or self.num_timesteps < 2:
-            raise ValueError("need 0 < beta_start <= beta_end < 1 and at least 2 timesteps")
+        if not 0 < self.beta_start <= self.beta_end < 1:
+            raise ValueError("need 0 < beta_start <= beta_end < 1")
+        _check_whole("num_timesteps", self.num_timesteps, 2)
 
     def log_alphas_cumprod(self) -> Tensor:
         start, end, n = self.beta_start, self.beta_end, self.num_timesteps
@@ -250,8 +251,9 @@ class DiscretizedVP(_Steps):
     def __post_init__(self) -> None:
         if not isinstance(self.curve, LinearVP | CosineVP | SigmoidVP):
             raise ValueError(f"DiscretizedVP takes LinearVP, CosineVP or SigmoidVP as its curve, not {self.curve}")
-        if not 0 < self.max_beta < 1 or self.num_timesteps < 2:
-            raise ValueError("need 0 < max_beta < 1 and at least 2 timesteps")
+        if not 0 < self.max_beta < 1:
+            raise ValueError("need 0 < max_beta < 1")
+        _check_whole("num_timesteps", self.num_timesteps, 2)
 
     def log_alphas_cumprod(self) -> Tensor:
         s = torch.arange(self.num_timesteps + 1, dtype=torch.float64) / self.num_timesteps
@@ -349,13 +351,14 @@ class RectifiedFlow(_Continuous):
     base_positions: int | None = None
 
     def __post_init__(self) -> None:
-        if not self.shift > 0:
-            raise ValueError(f"shift must be positive, not {self.shift}")
-        if self.base_positions is not None and self.base_positions < 1:
-            raise ValueError(f"base_positions must be at least 1, not {self.base_positions}")
+        if not 0 < self.shift < math.inf:
+            raise ValueError(f"shift must be a positive number, not {self.shift}")
+        if self.base_positions is not None:
+            _check_whole("base_positions", self.base_positions, 1)
 
     def from_unit(self, u: Tensor) -> Tensor:
-        return T_END * self.shift * u / (1.0 + (self.shift - 1.0) * u)
+        noise = self.shift * u
+        return T_END * (noise / (noise + (1.0 - u)))  # in this order exactly 1000 at u = 1: pure noise has alpha = 0
 
     def at(self, t: Tensor) -> Level:
         sigma = t / T_END
@@ -363,6 +366,11 @@ class RectifiedFlow(_Continuous):
 
     def t_at(self, ratio: Tensor) -> Tensor:
         return T_END / (1.0 + 1.0 / ratio.double())
+
+
+def _check_whole(name: str, value: int, least: int) -> None:
+    if not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} must be a whole number of at least {least}, not {value}")
 
 
 def for_size(schedule: Schedule, shape: Sequence[int]) -> Schedule:

@@ -77,7 +77,7 @@ def main(argv: Sequence[str]) -> int:
     print(f"{', '.join(map(str, written))} in {time.monotonic() - began:.1f} s")
     if model.text is not None:
         print(f"to draw with a pipeline as with sample.py: pipe(prompt, {call_of(model.sampler)})")
-        if other := what_differs(model.sampler, model.schedule["num_timesteps"]):
+        if other := what_differs(model.sampler, model.schedule["num_timesteps"], model.prediction):
             print(f"it will be another picture than sample.py's: {'; '.join(other)}")
     return 0
 

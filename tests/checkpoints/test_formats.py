@@ -477,8 +477,8 @@ OTHER = {
 }
 
 
-def differs(node: dict) -> list[str]:
-    return what_differs(export_model.sampling_of(node), 1000)
+def differs(node: dict, prediction: str = "v") -> list[str]:
+    return what_differs(export_model.sampling_of(node), 1000, prediction)
 
 
 def test_what_a_pipeline_draws_otherwise():
@@ -487,6 +487,8 @@ def test_what_a_pipeline_draws_otherwise():
     for words, node in OTHER.items():
         assert len(differs(node)) == 1 and words in differs(node)[0]
     assert len(differs(sampler("unipc.sample_unipc", spacing="karras", shift=3.0))) == 3
+    rescaled = sampler(guidance_rescale=0.7)  # ours is of v whatever the network predicts
+    assert differs(rescaled) == [] and "guidance_rescale=0.7 is of v" in differs(rescaled, "epsilon")[0]
 
 
 def test_export_says_how_to_draw_and_what_will_be_another_picture(tmp_path, capsys):
@@ -494,7 +496,7 @@ def test_export_says_how_to_draw_and_what_will_be_another_picture(tmp_path, caps
     export(run, tmp_path / "out", "diffusers")
     said = capsys.readouterr().out
     assert "pipe(prompt, num_inference_steps=20, guidance_scale=5.0, guidance_rescale=0.7, eta=0.5)" in said
-    assert "another picture than sample.py's: eta=0.5 takes its noise from elsewhere\n" in said
+    assert "another picture than sample.py's: eta=0.5 takes its noise from elsewhere" in said
     export(run, tmp_path / "parts", "diffusers", "--parts", "unet,vae")
     assert "pipe(" not in capsys.readouterr().out  # nothing to draw with
 

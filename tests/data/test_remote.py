@@ -203,7 +203,8 @@ def test_lists_mixed_with_folders_repeats_and_validation(server, remote, shards,
     assert train.num_samples == 72 and val is None
 
 
-def test_equal_names_are_not_mixed_up(server, remote, tmp_path):
+def test_equal_names_are_not_mixed_up(server, remote, tmp_path, monkeypatch):
+    monkeypatch.setattr(Handler, "etag", lambda *_: '"same"')
     for number, folder in enumerate("ab"):
         write_tar(tmp_path / "00000.tar", sample(number))
         server.serve(tmp_path, f"{folder}/")
@@ -513,6 +514,9 @@ def test_hosts_must_be_allowed(server, remote, shards):
     for bad in ("*", "*.example.org", "http://example.org", "example.org:80", "", "a/b", "a@b"):
         with pytest.raises(LdmError, match=r"data\.remote\.allow"):
             remote(allow=[bad])
+    for key, value in {"cache_gb": 0, "timeout_s": "soon", "retries": -1}.items():
+        with pytest.raises(LdmError, match=rf"data\.remote\.{key}"):
+            remote(**{key: value})
     assert remote(allow="Example.org").allow == ("example.org",)
     assert remote(allow=["::1", "[0:0::2]"]).allow == ("[::1]", "[::2]")
 

@@ -10,6 +10,7 @@ from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.loss import MSE, Huber, SmoothL1
 from ldm.diffusion.noising import Offset, Perturbed, Plain, Pyramid
 from ldm.diffusion.objective import Objective, denoising_error
+from ldm.diffusion.prediction import EDM as Karras
 from ldm.diffusion.prediction import X0, Epsilon, Flow, Velocity
 from ldm.diffusion.schedule import CosineVP, DiscreteVP, RectifiedFlow, VarianceExploding
 from ldm.diffusion.timesteps import LogitNormal, LogNormalSigma, Uniform
@@ -340,3 +341,7 @@ def test_check_names_both_sides():
         with pytest.raises(ValueError, match=f"{type(prediction).__name__}.*RectifiedFlow"):
             objective.check(schedule, prediction)
     Objective(Uniform(), SNR()).check(VarianceExploding(), X0())
+    karras = VarianceExploding()
+    with pytest.raises(ValueError, match=r"weighting\.sigma_data=1\.0, scheduler\.prediction\.sigma_data=0\.5"):
+        Objective(LogNormalSigma(), EDM(1.0)).check(karras, Karras(0.5))
+    Objective(LogNormalSigma(), EDM(1.0)).check(karras, Karras(1.0))

@@ -230,6 +230,15 @@ def test_variance_exploding_runs_evenly_in_log_sigma():
     torch.testing.assert_close(VarianceExploding().at(t).sigma, expected, rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_shifted_flow_begins_at_pure_noise_exactly(dtype):
+    """An alpha of 1e-16 instead of 0 is a number to divide by, and one of -1e-16 turns the levels round."""
+    of_sizes = [(h * w / 1024) ** 0.5 for h in range(8, 128, 12) for w in (8, 28, 60)]
+    for shift in [n / 10 for n in range(1, 100)] + of_sizes:
+        level = RectifiedFlow(shift=shift).at(RectifiedFlow(shift=shift).from_unit(torch.ones(1, dtype=dtype)))
+        assert (float(level.alpha), float(level.sigma), float(level.t)) == (0.0, 1.0, 1000.0), shift
+
+
 def test_flow_shift_follows_the_size_of_the_latents():
     """Equation 23 of Esser et al.: the same time at m positions instead of n has sqrt(m / n) the noise-to-picture
     ratio."""
@@ -257,6 +266,9 @@ def test_flow_shift_follows_the_size_of_the_latents():
         ("tau", lambda: SigmoidVP(tau=0.0)),
         ("sigma_min", lambda: VarianceExploding(sigma_min=0.0)),
         ("shift", lambda: RectifiedFlow(shift=0.0)),
+        ("shift", lambda: RectifiedFlow(shift=math.inf)),
+        ("base_positions must be a whole number", lambda: RectifiedFlow(base_positions=1.5)),
+        ("num_timesteps must be a whole number", lambda: DiscreteVP(num_timesteps=2.5)),
         ("base_positions", lambda: RectifiedFlow(base_positions=0)),
     ],
 )

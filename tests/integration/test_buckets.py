@@ -65,6 +65,18 @@ def seen(monkeypatch):
     return shapes
 
 
+def test_pixels_of_several_sizes_are_trained_on(mixed, tmp_path, seen, capsys):
+    """From memory, told SDXL's sizes."""
+    short = ["stage.diffusion.max_steps=3", "stage.diffusion.save_every=3", "data.max_val_samples=4"]
+    train(pixels(mixed, tmp_path, "data.crop=center", *short))
+    said = capsys.readouterr().out
+    assert "diffusion: 4 buckets (16x16: 14 (0 %), 20x12: 13 (18 %), 12x20: 7 (17 %), 32x8: 7 (0 %))" in said
+    rows = history(tmp_path / "tiny", "diffusion")
+    assert len(rows) == 3 and rows[-1]["val/loss"] > 0
+    assert len(seen[True]) >= 2 and not seen[False]  # h, w of moments from memory
+
+
+@pytest.mark.slow
 def test_both_stages_train_on_several_sizes(mixed, tmp_path, seen, capsys):
     """Encoded once, as a small set is; with a shift of the noise that follows the size of the latents."""
     more = [*BUCKETS, *UNET, "stage.diffusion.sample_every=5", "stage.diffusion.sample_prompts=[colour 3]"]

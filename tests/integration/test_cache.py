@@ -47,6 +47,7 @@ def test_training_with_a_cache_equals_training_without(finished, cached, shards,
     np.testing.assert_allclose(losses(tmp_path / "tiny"), losses(finished), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_flips_by_the_cache_equal_flips_of_pictures(finished, cached, shards, tmp_path, monkeypatch):
     words = ["data.flip_prob=0.5", "stages=[diffusion]"]
     train(config(shards, run_of(finished, tmp_path / "a"), *words, steps=6))
@@ -59,12 +60,13 @@ def test_flips_by_the_cache_equal_flips_of_pictures(finished, cached, shards, tm
 
 def test_another_run_is_refused_before_the_first_step(finished, cached, shards, tmp_path):
     with pytest.raises(LdmError, match="CACHE") as refused:
-        words = [f"data.cache={cached}", "data.crop=pad", "data.background=black"]
+        words = [f"data.cache={cached}", "data.crop=pad", "data.background=black", "stages=[diffusion]"]
         train(config(shards, run_of(finished, tmp_path), *words))
     assert refused.value.exit_code == 2 and len(refused.value.line().splitlines()) == 2
     assert not (tmp_path / "tiny" / "diffusion" / "metrics.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_texts_of_a_frozen_tower(finished, shards, tmp_path, monkeypatch):
     """Losses with cached embeddings are those of the tower, which is not called for a caption."""
     tower = OpenClipText(config=TOWER, width=8, pooled=True)

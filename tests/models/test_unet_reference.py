@@ -110,6 +110,42 @@ def test_equal_names_and_shapes_at_full_size(pair):
     assert {name: tuple(value.shape) for name, value in ours.state_dict().items()} == shapes
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("pair", [SD15, SD21], ids=["sd15", "sd21"])
+def test_one_forward_at_full_size(pair):
+    """860 million weights, which both hold once: 3.5 GB."""
+    options, their_options = pair
+    with torch.device("meta"):
+        theirs, ours = diffusers.UNet2DConditionModel(**their_options), UNet(**options)
+    generator = torch.Generator().manual_seed(0)
+    weights = {}
+    for name, value in ours.state_dict().items():
+        weights[name] = torch.randn(value.shape, generator=generator)
+        weights[name].mul_(value[0].numel() ** -0.5 if value.ndim > 1 else 0.2).add_(0.5 * (value.ndim == 1))
+    for model in (ours, theirs):
+        model.eval().load_state_dict(weights, assign=True)
+    x, tokens = (draw(*shape, seed=1, dtype=torch.float32) for shape in ((1, 4, 32, 32), (1, 77, ours.context_size)))
+    time = torch.tensor([481.0])
+    with torch.inference_mode():
+        expected = theirs(x, time, tokens).sample
+        assert relative(ours(x, time, Conditioning(tokens=tokens)), expected) < TOLERANCE[torch.float32]
+    assert expected.std() > 0.1
+
+
+def test_one_graph_and_channels_last():
+    options, _ = narrowed(*SDXL)
+    ours = UNet(**options).eval()
+    random_weights(ours)
+    x, tokens, vector = (draw(*shape, seed=1, dtype=torch.float32) for shape in ((2, 4, 16, 8), (2, 7, 24), (2, 1556)))
+    time, cond = torch.tensor([3.0, 999.0]), Conditioning(tokens=tokens, vector=vector)
+    with torch.no_grad():
+        plain = ours(x, time, cond)
+        whole = torch.compile(ours, fullgraph=True, backend="eager")(x, time, cond)  # raises at a graph break
+        last = ours.to(memory_format=torch.channels_last)(x.to(memory_format=torch.channels_last), time, cond)
+    assert last.is_contiguous(memory_format=torch.channels_last)
+    assert max(relative(whole, plain), relative(last, plain)) < TOLERANCE[torch.float32]
+
+
 DDPM = {"in_channels": 3, "out_channels": 3, "transformer_depth": [0, 1, 0, 0], "context_size": None}
 DDPM |= {"block_channels": [128, 256, 256, 256], "plain_attention": True, "head_dim": None, "num_heads": 1}
 ATTENDED = {"down_block_types": ["DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"]}

@@ -274,11 +274,16 @@ def cut_off(path):
     path.write_bytes(path.read_bytes()[:-7])
 
 
+def replace_in(path, old, new):
+    assert path.read_bytes().count(old) == 1
+    path.write_bytes(path.read_bytes().replace(old, new))
+
+
 DAMAGE = {
     "file deleted": lambda c: (c / "moments-000001.safetensors").unlink(),
     "file cut off": lambda c: cut_off(c / "moments-000001.safetensors"),
     "cache.json deleted": lambda c: (c / "cache.json").unlink(),
-    "cache.json changed": lambda c: flip_byte(c / "cache.json", 30),
+    "cache.json changed": lambda c: replace_in(c / "cache.json", b'"finite": true', b'"finite": 1'),
     "cache.json no longer JSON": lambda c: (c / "cache.json").write_text("{"),
     "cache.json of another program": lambda c: (c / "cache.json").write_text("[1]"),
 }

@@ -193,9 +193,10 @@ def call_of(sampler: Mapping[str, Any]) -> str:
     return ", ".join(f"{key}={value}" for key, value in words.items())
 
 
-def what_differs(sampler: Mapping[str, Any], num_timesteps: int) -> list[str]:
+def what_differs(sampler: Mapping[str, Any], num_timesteps: int, prediction: str) -> list[str]:
     """The settings of `Sampling` with which a pipeline of the exported folder draws another picture than sample.py.
 
+    prediction: the short name, as in `PREDICTIONS`.
     The pipeline walks DDIM, and from step t always to t - num_timesteps // steps.
     """
     function, spacing, steps = sampler["function"], sampler["spacing"], sampler["steps"]
@@ -213,6 +214,8 @@ def what_differs(sampler: Mapping[str, Any], num_timesteps: int) -> list[str]:
         found.append(f"steps={steps} does not divide {num_timesteps}")
     if sampler["shift"] != 1:
         found.append(f"shift={sampler['shift']} is lost")
+    if sampler["guidance_rescale"] and prediction != "v":
+        found.append(f"guidance_rescale={sampler['guidance_rescale']} is of v here, of the network's output there")
     if sampler["guidance_interval"] is not None:
         found.append("guidance_interval is lost")
     return found

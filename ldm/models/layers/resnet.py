@@ -32,10 +32,10 @@ class ResnetBlock(nn.Module):
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
     def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
-        """x: [B, in, h, w]; time: [B, time_size]."""
+        """x: [B, in, h, w]; time: [B, time_size], after its activation, which all blocks share."""
         h = self.conv1(F.silu(self.norm1(x)))
         if self.time_emb_proj is not None:
-            h = h + self.time_emb_proj(F.silu(time))[:, :, None, None]  # type: ignore[arg-type]
+            h = h + self.time_emb_proj(time)[:, :, None, None]
         h = self.conv2(self.dropout(F.silu(self.norm2(h))))
         return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 

@@ -137,6 +137,7 @@ class UNet(nn.Module):
         t = self.time_embedding(sinusoidal_embedding(time, self.first).to(h.dtype))  # [B, 4 * first]
         if self.add_embedding is not None:
             t = t + self.add_embedding(cond.vector)
+        t = F.silu(t)  # here, not in every block
         skips = [h]
         for block in self.down_blocks:
             h = block(h, t, cond, skips)
