@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from typing import Any
 from ldm.checkpoints import files
 from ldm.checkpoints.manifest import Verify
 from ldm.checkpoints.store import Checkpoint, Store
-from ldm.errors import LdmError, nearest
+from ldm.errors import REFUSED, LdmError, nearest
 
 log = logging.getLogger(__name__)
 
@@ -65,8 +66,8 @@ class Run:
     record: the content of run.json: {name, created, schema_version, stages: {stage: {wandb_id, exact}}}.
     """
 
-    def __init__(self, folder: Path, lock: Lock, record: dict[str, Any]) -> None:
-        self.folder, self.record, self._lock = folder, record, lock
+    def __init__(self, folder: Path, lock: Lock, record: dict[str, Any], *, is_new: bool = False) -> None:
+        self.folder, self.record, self.is_new, self._lock = folder, record, is_new, lock
 
     def stage(self, name: str) -> StagePaths:
         """The folders of a stage, made if absent."""
@@ -87,19 +88,8 @@ class Run:
         files.replace_file(self.folder / "run.json", files.json_bytes(record))
         self.record = record
 
-    def write_config(self, text: str) -> None:
-        """Keep the composed config (YAML) as a record, without secrets. It is never read back."""
-        import yaml
-
-        clean = yaml.safe_dump(redact(yaml.safe_load(text)), sort_keys=False, allow_unicode=True)
-        files.replace_file(self.folder / "config.yaml", clean.encode())
-
     def write_error(self, rank: int, text: str) -> None:
         write_error(self.folder, rank, text)
-
-    def point_latest(self) -> None:
-        """Make this run the default of `run=`."""
-        files.replace_file(self.folder.parent / "LATEST", files.json_bytes({"run": self.folder.name}))
 
     def close(self) -> None:
         self._lock.release()
@@ -107,8 +97,25 @@ class Run:
     def __enter__(self) -> Run:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, *_: object) -> None:
+        """Closes it. A new run whose command was refused leaves nothing behind."""
+        refused = isinstance(error, LdmError) and error.exit_code == REFUSED
+        if refused and self.is_new and not any(self.folder.glob("*/ckpt/step-*")):
+            shutil.rmtree(self.folder, ignore_errors=True)
         self.close()
+
+
+def write_config(folder: Path, text: str) -> None:
+    """Keep the composed config (YAML) of a run as a record, without secrets. It is never read back."""
+    import yaml
+
+    clean = yaml.safe_dump(redact(yaml.safe_load(text)), sort_keys=False, allow_unicode=True)
+    files.replace_file(folder / "config.yaml", clean.encode())
+
+
+def point_latest(folder: Path) -> None:
+    """Make this run the default of `run=`."""
+    files.replace_file(folder.parent / "LATEST", files.json_bytes({"run": folder.name}))
 
 
 def open_run(output_dir: Path | str, name: str, *, steal_lock: bool = False, trust_dir: bool = False) -> Run:
@@ -120,13 +127,14 @@ def open_run(output_dir: Path | str, name: str, *, steal_lock: bool = False, tru
     _check_name(name, "a run")
     folder = Path(output_dir) / name
     _check_owner(folder, trust_dir)
+    is_new = not folder.exists()
     _probe(folder)
     lock = Lock(folder / "lock", steal=steal_lock)
     try:
         files.remove_leftovers(folder)
         (folder / "errors").mkdir(exist_ok=True)
         (folder / "errors" / "first.txt").unlink(missing_ok=True)
-        return Run(folder, lock, _record(folder))
+        return Run(folder, lock, _record(folder), is_new=is_new)
     except BaseException:
         lock.release()
         raise
@@ -173,11 +181,12 @@ def open_stage(run: Path, stage: str, *, verify: Verify = "hash") -> Checkpoint:
     advice = "the training command of this run with resume.fallback=true sets it aside and goes on from there"
     checkpoint = Store(run / stage / "ckpt", verify=verify).newest(advice=advice)
     if checkpoint is None:
+        is_run = (run / "run.json").exists()
         raise LdmError(
             "NO-CHECKPOINT",
-            f"the stage {stage!r} of this run has no checkpoint",
-            where=str(run / stage),
-            next=f"train it: python train.py name={run.name} stages=[{stage}]",
+            f"the stage {stage!r} of this run has no checkpoint" if is_run else f"no run with a stage {stage!r}",
+            where=str(run / stage if is_run else run),
+            next=f"train it: python train.py name={run.name} stages=[{stage}]" if is_run else "name a run's folder",
         )
     return checkpoint
 

@@ -22,7 +22,7 @@ from ldm.checkpoints import files
 from ldm.checkpoints.formats import compvis, diffusers, keymap
 from ldm.checkpoints.formats.description import XL, Foreign, Node, Part
 from ldm.checkpoints.formats.schedules import PREDICTIONS, schedule_node
-from ldm.checkpoints.run import open_run
+from ldm.checkpoints.run import open_run, write_config
 from ldm.checkpoints.store import Store
 from ldm.diffusion.denoiser import check_pair
 from ldm.errors import LdmError, nearest, raise_all
@@ -247,7 +247,7 @@ def write(
                 store.save(0, tensors=tensors, trees={}, documents=documents)
                 run.update_stage(stage)
             recipe = experiment(found, config, autoencoder, out)
-            run.write_config(yaml.safe_dump(recipe, sort_keys=False))
+            write_config(run.folder, yaml.safe_dump(recipe, sort_keys=False))
             text = f"# @package _global_\n# Fine-tunes {found.kind}, imported.\n" + _headlines(out)
             text += yaml.safe_dump(recipe, sort_keys=False)
             files.replace_file(run.folder / "experiment.yaml", text.encode())

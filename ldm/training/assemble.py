@@ -135,7 +135,7 @@ def build_module(cfg: Config, trusted: tuple[str, ...], stage: str, folder: Path
     )
     # initial weights are a function of seed and stage, whatever ran before in this process
     torch.manual_seed(int(fold(run_key(cfg["seed"]), Purpose.INIT, STAGES.index(stage))))
-    source = find_run(cfg["init_from"]) if cfg["init_from"] else None
+    source = find_run(cfg["init_from"], where="init_from") if cfg["init_from"] else None
     if stage == "autoencoder":
         autoencoder = build(cfg["model"]["autoencoder"], where="model.autoencoder", trusted=trusted)
         if source is not None:

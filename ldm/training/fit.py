@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import secrets
 from pathlib import Path
 
 from ldm.checkpoints.drift import compare
 from ldm.checkpoints.run import Run, StagePaths, find_run, open_run
 from ldm.checkpoints.store import Checkpoint, Store
+from ldm.data.cache import Cache
+from ldm.data.order import check_cut
 from ldm.errors import LdmError
 from ldm.training.assemble import adopt_autoencoder, build_objective, check_model, check_sampler, fixed_autoencoder
 from ldm.training.fingerprint import recorded_settings, settings_of
@@ -33,6 +34,13 @@ def train(cfg: Config, trusted: tuple[str, ...] = ()) -> None:
         build_objective(cfg, trusted)
         check_sampler(cfg, trusted)
     check_model(cfg, trusted)
+    world_size = outer.world_size if outer is not None else local_devices(cfg["trainer"])
+    for stage in cfg["stages"]:
+        check_cut(cfg["stage"][stage]["batch_size"], world_size, cfg["stage"][stage]["accumulate"])
+    if cfg["init_from"]:
+        find_run(cfg["init_from"], where="init_from")
+    if "diffusion" in cfg["stages"] and cfg["data"].get("cache"):
+        Cache.open(cfg["data"]["cache"])
     folder, resume = Path(cfg["output_dir"]) / cfg["name"], cfg["resume"]
     if outer is not None:
         join_group(cfg["trainer"])
@@ -50,8 +58,6 @@ def train(cfg: Config, trusted: tuple[str, ...] = ()) -> None:
                 tell_decision("nothing left")
                 continue
             prepare_stage(cfg, run, existing, stage, trusted)
-            run.write_config(json.dumps(cfg, indent=2))
-            run.point_latest()
             if outer is not None or local_devices(cfg["trainer"]) == 1:
                 tell_decision("train")
                 run_stage(cfg, trusted, stage, folder, outer or Place())

@@ -23,7 +23,7 @@ class Place:
 
     @classmethod
     def outer(cls) -> Place | None:
-        """From torchrun or SLURM, when one of them started this process."""
+        """From torchrun, when it started this process; under SLURM too, see docs/training.md."""
         env = os.environ
         if "RANK" in env and "WORLD_SIZE" in env:
             return cls(int(env["RANK"]), int(env.get("LOCAL_RANK", 0)), int(env["WORLD_SIZE"]))

@@ -29,7 +29,7 @@ from ldm.training.assemble import build_module
 from ldm.training.callbacks.checkpointing import Checkpointing
 from ldm.training.callbacks.monitor import Monitor, choose_mode
 from ldm.training.callbacks.progress import ProgressBar
-from ldm.training.callbacks.recorder import Recorder, StopClock
+from ldm.training.callbacks.recorder import Begin, Recorder, StopClock
 from ldm.training.callbacks.samples import Samples
 from ldm.training.callbacks.validation import Validation
 from ldm.training.diffusion_module import DiffusionModule
@@ -123,7 +123,8 @@ def run_stage(cfg: Config, trusted: tuple[str, ...], stage: str, folder: Path, p
         fingerprint=fingerprint,
         environment=environment,
     )
-    callbacks = [StopClock(recorder), validation, samples, recorder, ProgressBar(recorder), checkpointing, stop]
+    begin = Begin(folder, cfg)
+    callbacks = [begin, StopClock(recorder), validation, samples, recorder, ProgressBar(recorder), checkpointing, stop]
     trainer = make_trainer(cfg["trainer"], precision, callbacks, folder, place)
     try:
         trainer.fit(module, datamodule=data)

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ldm.data.order import check_cut
 from ldm.errors import NON_FINITE, LdmError
 from ldm.training.ema import EMA
 
@@ -235,15 +236,6 @@ class OptimizerStep:
 
 
 def per_device(batch_size: int, world_size: int, accumulate: int) -> int:
-    """Images of one micro-batch on one device; refuses what does not divide, naming what would."""
-    if batch_size % (world_size * accumulate):
-        valid = [r for r in range(1, batch_size + 1) if batch_size % (r * accumulate) == 0]
-        raise LdmError(
-            "BATCH",
-            f"batch_size {batch_size} cannot be cut evenly",
-            limit=f"{world_size} devices x accumulate {accumulate}",
-            next=f"with accumulate={accumulate} use one of {valid[:12]} devices"
-            if valid
-            else f"accumulate must divide {batch_size}",
-        )
+    """Images of one micro-batch on one device."""
+    check_cut(batch_size, world_size, accumulate)
     return batch_size // (world_size * accumulate)

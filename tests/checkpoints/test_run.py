@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from ldm.checkpoints.files import append_jsonl, truncate_jsonl
-from ldm.checkpoints.run import StagePaths, find_run, open_run, redact, write_error
+from ldm.checkpoints.run import StagePaths, find_run, open_run, point_latest, redact, write_config, write_error
 from ldm.errors import LdmError
 
 HOLDER = """
@@ -166,7 +166,7 @@ def test_find_run(tmp_path):
         find_run(output_dir=runs)
     for name in ("cats", "dogs"):
         with open_run(runs, name) as run:
-            run.point_latest()
+            point_latest(run.folder)
     assert find_run(output_dir=runs) == runs / "dogs"
     assert find_run("cats", runs) == runs / "cats"
     assert find_run(runs / "cats", runs) == runs / "cats"
@@ -206,7 +206,7 @@ text: {num_tokens: 77, tokenizer: clip, pad_token: 49407, token: null}
 list: [{password: hunter22}, {secret: [hunter22]}]
 """
     with open_run(tmp_path, "a") as run:
-        run.write_config(text)
+        write_config(run.folder, text)
         run.write_error(0, "failed with abcdef-123456")
         shown = (run.folder / "config.yaml").read_text() + (run.folder / "errors/rank0.txt").read_text()
     assert "hunter22" not in shown and "123456" not in shown

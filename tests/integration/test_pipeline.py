@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from ldm.checkpoints.run import find_run, point_latest
 from ldm.checkpoints.store import Store
 from ldm.errors import LdmError
 from ldm.model import LatentDiffusion
@@ -162,3 +163,24 @@ def test_help_and_errors_leave_no_run(shards, tmp_path):
         assert got == code and text in output and "Traceback" not in output, output
         assert output.count("error[") == 1, output
     assert not list((tmp_path / "runs").rglob("step-*"))
+
+
+def test_a_refused_command_leaves_nothing_and_changes_nothing(finished, shards, tmp_path):
+    """Neither a run folder, nor another LATEST, nor the configuration of a run that is there."""
+    runs = tmp_path / "runs"
+    shutil.copytree(finished.parent, runs)
+    point_latest(runs / "tiny")
+    kept = (runs / "tiny" / "config.yaml").read_bytes()
+    for words, text in (
+        (["name=a", f"init_from={tmp_path}/nowhere"], "init_from="),
+        (["name=b", "resume.mode=must"], "nothing to resume"),
+        (["name=c", "stages=[diffusion]"], "needs a trained autoencoder"),
+        (["name=d", "trainer.devices=2", "stage.diffusion.batch_size=7"], "global batch of 7"),
+        (["name=e", "data.cache=/nowhere"], "/nowhere"),
+        (["name=tiny", "stage.diffusion.optimizer.lr=0.5"], "optimizer.lr"),
+    ):
+        with pytest.raises(LdmError, match=text) as refused:
+            train(config(shards, runs, *words))
+        assert refused.value.exit_code == 2
+        assert find_run(None, runs) == runs / "tiny" and (runs / "tiny" / "config.yaml").read_bytes() == kept
+        assert [path.name for path in runs.iterdir() if path.is_dir()] == ["tiny"], words

@@ -2,19 +2,35 @@
 
 from __future__ import annotations
 
+import json
 import resource
 import sys
 import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
 
 from ldm.checkpoints.files import append_jsonl
-from ldm.checkpoints.run import StagePaths
+from ldm.checkpoints.run import StagePaths, point_latest, write_config
 from ldm.training.callbacks.monitor import Monitor
 from ldm.training.callbacks.samples import Samples
 from ldm.training.callbacks.validation import Validation
 from ldm.training.stage_module import StageModule
+
+
+class Begin(pl.Callback):
+    """What a command leaves in the run folder once nothing can refuse it any more. config: the composed one."""
+
+    def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
+        self.folder, self.config = folder, config
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if trainer.is_global_zero:
+            write_config(self.folder, json.dumps(self.config))
+            point_latest(self.folder)
 
 
 class Recorder(pl.Callback):
