@@ -30,9 +30,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ldm.data.captions import Captions
+from ldm.data.index import FIELDS
 from ldm.data.order import Ids
 from ldm.data.shards import Dataset, Handles
-from ldm.data.transforms import Transform
+from ldm.data.transforms import PIXELS, Transform
 from ldm.errors import UNCLASSIFIED, LdmError, raise_all
 from ldm.types import Conditioning
 
@@ -130,6 +131,15 @@ class Rows:
         self.tables = list(tables)
         self._starts = np.array([table.start for table in tables], dtype=np.int64)
         self._handles = Handles()
+        self._announced: set[Path] = set()
+
+    def _opened(self, path: Path) -> int:
+        file = self._handles.get(path)
+        if path not in self._announced and hasattr(os, "posix_fadvise"):
+            # rows come in shuffled windows, which the disk would fetch one by one: it may as well bring the whole file
+            os.posix_fadvise(file, 0, 0, os.POSIX_FADV_WILLNEED)
+        self._announced.add(path)
+        return file
 
     def read(self, files: Ids, rows: Ids, sums: NDArray[np.int64] | None = None) -> Tensor:
         """[B, ...] as stored, of row `rows` of file `files`, [B] each.
@@ -146,7 +156,7 @@ class Rows:
         for row, file, place in zip(buffer, files.tolist(), places.tolist(), strict=True):
             path = self.tables[file].path
             try:
-                count = os.preadv(self._handles.get(path), [row], place)
+                count = os.preadv(self._opened(path), [row], place)
             except OSError as error:
                 raise _damaged(path, f"{error.strerror}", UNCLASSIFIED) from error
             if count != size:
@@ -217,7 +227,7 @@ def preprocessing_of(transform: Transform, buckets: Any = None) -> dict[str, Any
     buckets: the dataclass of their settings, or None.
     """
     values = {key: value for key, value in asdict(transform).items() if key not in _OF_A_RUN}
-    return _plain({**values, "bucket": None if buckets is None else asdict(buckets)})
+    return _plain({"pixels": PIXELS, **values, "bucket": None if buckets is None else asdict(buckets)})
 
 
 def refuse_chance(transform: Transform) -> None:
@@ -285,7 +295,8 @@ class Cache:
         found, now = self.about["preprocessing"], preprocessing_of(transform, buckets)
         defaults = {f.name: _plain(f.default) for f in fields(transform) if f.default is not MISSING}
         rows: list[tuple[str, Any, Any]] = [("latent_id", self.about["latent_id"][:12], latent_id[:12])]
-        rows += [(f"data.{key}", found.get(key, defaults.get(key)), value) for key, value in now.items()]
+        names = {"pixels": "the version of decoding and resizing"}
+        rows += [(names.get(k, f"data.{k}"), found.get(k, defaults.get(k)), value) for k, value in now.items()]
         rows += [("flipped (data.flip_prob needs it)", self.about["flipped"], True)] if transform.flip_prob else []
         raise_all([self._differs(key, *values) for key, *values in rows if values[0] != values[1]])
 
@@ -316,14 +327,14 @@ class Cache:
         names = [name for name, entry in self.about["files"].items() if entry["kind"] == "moments"]
         number = {name: i for i, name in enumerate(names)}
         tables = [tables_of(self.folder / name) for name in names]
-        count, digests = dataset.num_samples, sample_digests(dataset)
+        count, digests, sources = dataset.num_samples, sample_digests(dataset), sources_of(dataset)
         files, rows = (np.full(count, -1, dtype=np.int32) for _ in range(2))
         variants = ("", "mirrored_") if self.about["flipped"] else ("",)
         sums = np.zeros((count, len(variants)), dtype=np.int64)
         usable = np.zeros(count, dtype=np.bool_)
         problems = []
         for shard, ids in by_shard(dataset):
-            title, source = dataset.manifest[shard]
+            title, source = sources[shard]
             for name in self._of_shard.get(source, []):
                 entry = tables[number[name]]
                 places, theirs = _find(digests[ids], entry)
@@ -373,6 +384,17 @@ class Cache:
 def sample_digests(dataset: Dataset) -> Ids:
     """[N] int64, a hash of each sample's key: within a shard it tells samples apart."""
     return dataset.digests.view(np.int64)
+
+
+def sources_of(dataset: Dataset) -> list[tuple[str, str]]:
+    """(name, sha256) of every shard, of what latents depend on: its pictures' keys, sizes and checksums."""
+    found = []
+    for (name, _), index in zip(dataset.manifest, dataset.indexes, strict=True):
+        pictures = index.members[:, FIELDS.index("image")]
+        digest = hashlib.sha256(index.digests.tobytes())
+        digest.update(pictures["size"].tobytes() + pictures["crc"].tobytes())
+        found.append((name, digest.hexdigest()))
+    return found
 
 
 def _plain(value: Any) -> Any:

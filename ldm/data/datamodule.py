@@ -23,7 +23,7 @@ from ldm.data.order import Ids, Order, check_cut
 from ldm.data.pipeline import BucketPass, ListPass, PassPlan, Plan, TrainPlan, stages
 from ldm.data.remote import Remote
 from ldm.data.shards import Dataset
-from ldm.data.splits import open_splits
+from ldm.data.splits import open_splits, problems_of
 from ldm.data.transforms import Transform
 from ldm.errors import LdmError
 from ldm.random import run_key
@@ -174,12 +174,12 @@ class DataModule(pl.LightningDataModule):
         if not isinstance(order, BucketOrder):
             return None
         train = self.dataset("train")
-        return in_words(report(order.assigned, train.image_sizes), order, train.repeats, self.transform.crop)
+        return in_words(report(order.assigned, train.image_sizes), order, self.transform.crop)
 
     @property
     def problems(self) -> Counter[str]:
-        """What the index of the training data left out or remarked on, by kind."""
-        return self.dataset("train").problems
+        """What the index left out of both splits or remarked on, by kind."""
+        return problems_of(found for found in self.open()._sets.values() if found is not None)
 
     @property
     def manifest(self) -> list[tuple[str, str]]:
@@ -255,8 +255,9 @@ class DataModule(pl.LightningDataModule):
             file=bad_samples_file,
             strict=self.strict,
         )
-        for problem in train.examples if rank == 0 else ():
-            self.ledger.write(Bad(-1, *problem))
+        for found in self._sets.values():
+            for problem in found.examples if found is not None and rank == 0 else ():
+                self.ledger.write(Bad(-1, *problem))  # each once, of two parts of one set too
         self._run = {
             "order": order,
             "plan": TrainPlan(order, rank, world_size, accumulate),
@@ -285,7 +286,7 @@ class DataModule(pl.LightningDataModule):
         transform = Transform(**{**vars(self.transform), "key": run["key"]})
         plan = run["plan"]
         if isinstance(plan.order, BucketOrder) and "train" in self._moments:
-            plan = replace(plan, order=plan.order.without_borrowing())
+            plan = replace(plan, order=plan.order.of_encoded(self._moments["train"].usable))
         return self._stream("train", plan, transform, start=run["start"], ledger=self.ledger)
 
     def val_dataloader(self, batch_size: int = 16) -> Stream | list[Any]:
@@ -345,6 +346,7 @@ class DataModule(pl.LightningDataModule):
             moments=self._moments.get(split) if use_moments else None,
             columns=self.columns if use_moments else None,
             checks=self._checks,
+            as_bytes=True,
         )
         kind = Stream if plan.num_batches is None else FiniteStream
         return kind(pipeline, ledger=ledger, **self._configured()["loading"])

@@ -10,6 +10,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import count
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch.utils.data import DataLoader
 
 from ldm.data.bad_samples import BadSamples
 from ldm.data.pipeline import Plan, Source
+from ldm.data.transforms import to_images
 from ldm.errors import TEMPORARY, LdmError
 from ldm.types import Batch
 
@@ -41,14 +43,13 @@ class Stream:
         start_method: str = START_METHOD,
     ) -> None:
         self.source: Source = pipeline.stage(0)
-        self.ledger = ledger
+        self.ledger, self.pin_memory = ledger, pin_memory
         self.loader = DataLoader(
             pipeline,
             batch_size=None,
             num_workers=num_workers,
             timeout=timeout_s if num_workers else 0,
             persistent_workers=num_workers > 0,
-            pin_memory=pin_memory,
             multiprocessing_context=start_method if num_workers else None,
             worker_init_fn=_start_worker if num_workers else None,
         )
@@ -62,7 +63,9 @@ class Stream:
             check_slots(batch, plan, j)
             if self.ledger is not None:
                 self.ledger.update(batch.slots.tolist(), reports)
-            yield batch
+            if batch.images is not None and batch.images.dtype == torch.uint8:
+                batch = replace(batch, images=to_images(batch.images))
+            yield batch.pin_memory() if self.pin_memory else batch
 
     def close(self) -> None:
         """End the worker processes now. Otherwise they end with the stream, or before the interpreter exits."""

@@ -30,7 +30,7 @@ from ldm.data.decode import BadSample, decode_array, decode_columns, decode_imag
 from ldm.data.moments import Moments
 from ldm.data.order import Ids, Order, cut
 from ldm.data.shards import Dataset
-from ldm.data.transforms import Size, Transform, to_images, to_masks
+from ldm.data.transforms import Size, Transform, to_bytes, to_images, to_masks
 from ldm.errors import LdmError
 from ldm.random import Purpose, fold
 from ldm.types import Batch, Check
@@ -402,10 +402,12 @@ class Batches:
     """Last stage: as many examples as the plan's micro-batch has, as one `Batch`, and the reports beside it.
 
     moments: instead of pictures.   columns: their names.
+    as_bytes: leave the pictures as `to_bytes` has them, a quarter of the size, for a reader in another process.
     """
 
     moments: Moments | None = None
     columns: tuple[str, ...] = ()
+    as_bytes: bool = False
 
     def __call__(self, examples: Iterable[Example]) -> Iterator[tuple[Batch | LdmError, list[Bad]]]:
         examples = iter(examples)
@@ -418,12 +420,14 @@ class Batches:
                 return
 
     def collate(self, rows: list[Example]) -> tuple[Batch, list[Bad]]:
-        ids, mirrored = np.array([row.sample_id for row in rows]), np.array([row.mirrored for row in rows])
+        stand_in = next((row.sample_id for row in rows if row.valid), rows[0].sample_id)  # has the size of the others
+        ids = np.array([row.sample_id if row.valid else stand_in for row in rows])
+        mirrored = np.array([row.mirrored for row in rows])
         pixels = [row.pixels for row in rows if row.pixels is not None]
         batch = Batch(
             slots=torch.tensor([row.slot for row in rows]),
             keys=[row.key for row in rows],
-            images=to_images(pixels) if self.moments is None else None,
+            images=(to_bytes if self.as_bytes else to_images)(pixels) if self.moments is None else None,
             moments=None if self.moments is None else self.moments.take(ids, mirrored),
             captions=[row.caption for row in rows],
             columns={name: _joined([row.columns.get(name) for row in rows]) for name in self.columns},
@@ -457,12 +461,13 @@ def stages(
     moments: Moments | None = None,
     columns: Mapping[str, str] | None = None,
     checks: Mapping[str, Sequence[Check]] | None = None,
+    as_bytes: bool = False,
 ) -> Any:
     """The pipeline: an iterable of (Batch, reports) for a loader with `batch_size=None`.
 
     start: first micro-batch.   captions: which text a sample gets; None leaves texts out.
     moments: encoded pictures; then no picture is read.
-    columns, checks: see `Decode`.
+    columns, checks: see `Decode`.   as_bytes: see `Batches`; `ldm.data.loader.Stream` takes either.
     """
     import webdataset
 
@@ -475,4 +480,4 @@ def stages(
     fields += tuple(path for path, kind in kinds.items() if kind in ("picture", "mask", "array"))
     source = Source(dataset, plan, transform, fields, start, captions)
     decode = Decode(source, max_attempts, moments, columns, checks or {})
-    return webdataset.DataPipeline(source, decode, Batches(moments, tuple(columns)))
+    return webdataset.DataPipeline(source, decode, Batches(moments, tuple(columns), as_bytes))

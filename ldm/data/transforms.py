@@ -17,6 +17,9 @@ from ldm.errors import LdmError
 from ldm.random import Purpose, fold, uniform
 
 CROPS = ("center", "random", "pad")
+PIXELS = 2
+"""Raise it whenever decoding, cropping, padding or resampling give other pixels than before: caches of latents that were
+made with another number are refused. 1: Pillow's bicubic.   2: torch's kernels for bytes."""
 
 Size = tuple[int, int]
 """Width and height in pixels."""
@@ -83,7 +86,7 @@ class Transform:
         Raises BadSample, `size_policy`, if the aspect ratios differ by more than rounding both sides explains.
         """
         (width, height), (wide, high) = image.size, picture
-        if abs(width * high - height * wide) >= wide + high:
+        if abs(width * high - height * wide) >= max(width + height, wide + high):
             raise BadSample("size_policy", f"{width}x{height} is not of the shape of the picture, {wide}x{high}")
         return self._shaped(image, picture, draw, size or self.square)
 
@@ -166,9 +169,14 @@ def _is_wider(picture: Size, size: Size) -> bool:
     return picture[0] * size[1] >= picture[1] * size[0]
 
 
-def to_images(pixels: list[NDArray[np.uint8]]) -> Tensor:
-    """[B, 3, H, W] float32 in [-1, 1] from B pictures [H, W, 3] of one size."""
-    stacked = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)
+def to_bytes(pixels: list[NDArray[np.uint8]]) -> Tensor:
+    """[B, H, W, 3] uint8 from B pictures [H, W, 3] of one size."""
+    return torch.from_numpy(np.stack(pixels))
+
+
+def to_images(pixels: list[NDArray[np.uint8]] | Tensor) -> Tensor:
+    """[B, 3, H, W] float32 in [-1, 1] from B pictures [H, W, 3] of one size, or from `to_bytes` of them."""
+    stacked = (pixels if isinstance(pixels, Tensor) else to_bytes(pixels)).permute(0, 3, 1, 2)
     return stacked.to(torch.float32, memory_format=torch.contiguous_format).div_(127.5).sub_(1.0)
 
 

@@ -37,7 +37,7 @@ class Objective:
     unmasked_weight: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.unmasked_weight <= 1:
+        if not (isinstance(self.unmasked_weight, int | float) and 0 <= self.unmasked_weight <= 1):
             raise ValueError(f"unmasked_weight must lie between 0 and 1, not {self.unmasked_weight}")
         if self.unmasked_weight and not self.masked:
             raise ValueError("unmasked_weight is for a masked loss: set masked=true")

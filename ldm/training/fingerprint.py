@@ -14,7 +14,7 @@ from ldm.training.diffusion_module import DiffusionModule
 from ldm.training.place import Config, Place
 from ldm.training.stage_module import StageModule
 
-_WITHOUT_EFFECT = ("weights", "sha256", "gradient_checkpointing")  # a start's files; memory against time
+_WITHOUT_EFFECT = ("weights", "sha256", "gradient_checkpointing")  # of a model: a start's files; memory against time
 _CAPTIONS = tuple(f"data.{name}" for name in asdict(Captions()))  # the autoencoder looks at pictures only
 _ORDER = tuple(f"data.{name}" for name in ("lanes", "window_mb", "remainder", "num_train", "manifest", "uses"))
 
@@ -26,8 +26,6 @@ def settings_of(cfg: Config, stage: str) -> dict[str, Any]:
     for key in ("image_size", "crop", "flip_prob", "upscale", "background", "caption_prefix", "caption_suffix"):
         flat[f"data.{key}"] = cfg["data"].get(key)
     for key, default in {"repeats": None, "weights": None, **asdict(Captions())}.items():
-        if key == "on_missing_caption":  # told by the number of samples
-            continue
         if cfg["data"].get(key, default) != default:  # left out by default: runs from before these settings go on
             flat[f"data.{key}"] = cfg["data"][key]
     if (bucket := cfg["data"].get("bucket") or {}).get("enable_bucket"):
@@ -57,11 +55,11 @@ def recorded_settings(checkpoint: Checkpoint, stage: str) -> dict[str, Any]:
 
 
 def _deciding(settings: Mapping[str, Any], stage: str) -> dict[str, Any]:
-    without = _CAPTIONS if stage == "autoencoder" else ()
+    without = _CAPTIONS if stage == "autoencoder" else ("data.on_missing_caption",)  # told by the number of samples
     return {
         key: value
         for key, value in settings.items()
-        if key not in without and key.rpartition(".")[2] not in _WITHOUT_EFFECT
+        if key not in without and not (key.startswith("model.") and key.rpartition(".")[2] in _WITHOUT_EFFECT)
     }
 
 

@@ -60,6 +60,9 @@ def run_stage(cfg: Config, trusted: tuple[str, ...], stage: str, folder: Path, p
 
     data: DataModule = build(cfg["data"], where="data", trusted=trusted)
     data.open()
+    if checkpoint is not None and data.lanes is None:  # what was chosen then, whatever would be chosen now
+        lanes = checkpoint.document("state")["fingerprint"].get("data.lanes")
+        data.lanes = lanes if lanes and settings_node["batch_size"] % lanes == 0 else None
     start_step = checkpoint.document("state")["train_step"] if checkpoint else 0
     data.configure(
         seed=cfg["seed"],

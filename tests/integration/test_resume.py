@@ -136,3 +136,16 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken_on_request(finis
     assert "ema.safetensors" in refused.value.line() and "resume.fallback=true" in refused.value.line()
     train(config(shards, tmp_path, "resume.fallback=true"))
     assert compare_runs(finished, tmp_path / "tiny", "diffusion") == []
+
+
+def test_a_run_keeps_the_lanes_it_began_with(shards, tmp_path, monkeypatch):
+    """They are chosen from the number of samples: another choice by a later version must not change the order."""
+    monkeypatch.setattr("ldm.data.order.lanes_default", lambda batch_size, num_samples: 4)
+    train(config(shards, tmp_path, "stages=[autoencoder]", "stage.autoencoder.max_steps=4"))
+    monkeypatch.undo()
+    train(config(shards, tmp_path, "stages=[autoencoder]", "resume.allow=[stage.autoencoder.max_steps]"))
+    kept = [
+        Store(tmp_path / "tiny" / "autoencoder" / "ckpt").load(step).document("state")["fingerprint"]["data.lanes"]
+        for step in (4, 12)
+    ]
+    assert kept == [4, 4]
