@@ -23,6 +23,7 @@ from ldm.precompute.moments import encode_dataset
 from ldm.random import Draws, Purpose
 from ldm.sampling.main import sample
 from ldm.sampling.outputs import read_recipe
+from ldm.sampling.request import read_request
 from ldm.sampling.tasks import one_for_each
 from ldm.training.diffusion_module import DiffusionModule
 from ldm.training.fit import train
@@ -72,7 +73,8 @@ def by_shape(shards, tmp_path_factory):
 
 
 def draw(run, folder, *words):
-    sample(compose("sample", [f"run={run}", f"output_dir={folder}", "sampler.steps=2", *words]))
+    cfg = compose("sample", [f"run={run}", f"output_dir={folder}", "sampler.steps=2", *words])
+    sample(cfg, read_request(cfg))
     return sorted(folder.glob("0*.png"))
 
 
@@ -142,7 +144,7 @@ def test_what_a_model_cannot_read_is_refused(by_shape, tmp_path, words, text):
         ("ddpm_pixels_class", {"model.network.vector_size": None}, "reads shape, but model.network uses nothing of it"),
         ("ddpm_pixels_class", {"model.conditioner.column": "colour"}, "data.columns.colour=FIELD"),
         ("ddpm_pixels_class", {"model.network.vector_size": 7}, "vector_size=7, model.conditioner gives vector"),
-        ("ddpm_pixels_class", {"data.columns.shape": "@shape"}, "no field for the column 'shape'"),
+        ("ddpm_pixels_class", {"data.columns.shape": "@shape"}, "nothing that the column 'shape' can hold"),
         ("ddpm_pixels_class", {"stage.diffusion.sample_columns.shape": ["ring", "sta"]}, "did you mean 'star'"),
         ("demo", {"model.network.context_size": 64}, "context_size=64, model.conditioner gives tokens of width 128"),
         ("demo", {"model.network.vector_size": 2816}, "vector_size=2816"),
