@@ -17,10 +17,14 @@ Memory: peak allocated on a GPU; on the CPU the growth of a fresh process' peak 
 
 from __future__ import annotations
 
+import sys
+
+if __name__ == "__main__" and {"-h", "--help"} & {*sys.argv[1:]}:
+    sys.exit(print(__doc__))  # before torch is imported
+
 import json
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext

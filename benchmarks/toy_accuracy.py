@@ -11,10 +11,14 @@ Pictures are uint8 arrays [N, H, W, 3] throughout; rates are fractions.
 
 from __future__ import annotations
 
+import sys
+
+if __name__ == "__main__" and {"-h", "--help"} & {*sys.argv[1:]}:
+    sys.exit(print(__doc__))  # before torch is imported
+
 import hashlib
 import json
 import math
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass

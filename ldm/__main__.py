@@ -33,6 +33,10 @@ def inspect(argv: Sequence[str]) -> int:
 
 def cache(argv: Sequence[str]) -> int:
     """OUT: latents and text embeddings of a run's data, written once; training reads them."""
+    from ldm.tools.cache_options import parse
+
+    if parse(argv) is None:  # help and wrong words do not wait for torch
+        return 0
     from ldm.tools.cache import main
 
     return main(argv)
@@ -40,6 +44,9 @@ def cache(argv: Sequence[str]) -> int:
 
 def import_(argv: Sequence[str]) -> int:
     """PATH OUT: Stable Diffusion, a folder of diffusers or a single file, becomes a run."""
+    from ldm.tools.interchange import import_options
+
+    import_options(argv)  # help and wrong options do not wait for torch
     from ldm.tools.import_model import main
 
     return main(argv)
@@ -47,6 +54,9 @@ def import_(argv: Sequence[str]) -> int:
 
 def export(argv: Sequence[str]) -> int:
     """RUN OUT --format diffusers|compvis: a run in the layouts of Stable Diffusion."""
+    from ldm.tools.interchange import export_options
+
+    export_options(argv)
     from ldm.tools.export_model import main
 
     return main(argv)

@@ -74,8 +74,11 @@ def handled(
     wanted = failure.exit_code not in (REFUSED, INTERRUPTED, TERMINATED)
     if wanted and home and home.is_dir():
         with suppress(OSError):  # a full disk must not hide the line below
-            (home / "errors").mkdir(exist_ok=True)
-            (home / "errors" / f"rank{os.environ.get('RANK', '0')}.txt").write_text(text)
+            file = home / "errors" / f"rank{os.environ.get('RANK', '0')}.txt"
+            file.parent.mkdir(exist_ok=True)
+            file.write_text(text)
+            if failure.code == "UNCLASSIFIED":
+                failure.next = f"read {file}, or " + failure.next
     if "traceback=true" in (word.lower() for word in argv):
         print(text, file=sys.stderr)
     print(failure.line(), file=sys.stderr, flush=True)
@@ -102,9 +105,8 @@ def _unclassified(error: Exception) -> LdmError:
     frames = traceback.extract_tb(error.__traceback__)
     ours = [f for f in frames if Path(f.filename).is_relative_to(CONFIGS.parent)] or frames
     where = f"{Path(ours[-1].filename).name}:{ours[-1].lineno}" if ours else ""
-    hint = "read errors/rank0.txt or rerun with traceback=true"
     what = f"{type(error).__name__}: {error}"
-    return LdmError("UNCLASSIFIED", what, where=where, next=hint, exit_code=UNCLASSIFIED)
+    return LdmError("UNCLASSIFIED", what, where=where, next="rerun with traceback=true", exit_code=UNCLASSIFIED)
 
 
 _KNOWN_FAILURES = (  # what the text says, code, what it means, what to do

@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from copy import deepcopy
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
@@ -53,6 +54,31 @@ def compose(config_name: str, argv: Sequence[str], *, config_dir: Path = CONFIGS
         whole = compose_with(choices + words_of_values) if values else whole
         _check_hydra_node(whole.pop("hydra"), words)
         return {**_resolve(whole), **texts}
+
+
+def changed(tree: Mapping[str, Any], words: Sequence[str]) -> _Tree:
+    """A resolved tree with the values of `key=value` words, in the grammar of `compose`. What is null may be filled.
+
+    Raises LdmError (exit code 2) with one line for every problem that was found.
+    """
+    from omegaconf import OmegaConf
+
+    parsed, problems = _parse(words)
+    found, known = deepcopy(dict(tree)), dict(walk(tree))
+    fills = [o.key_or_group for _, o in parsed if known.get(o.key_or_group.rpartition(".")[0], 0) is None]
+    values = [(word, o) for word, o in parsed if o.key_or_group not in fills]
+    problems += _check_keys(values, {}, {**tree, "hydra": {"runtime": {"choices": {}}}})
+    raise_all(problems + [_a_sweep(w) for w, o in parsed if o.key_or_group in fills and o.is_sweep_override()])
+    _limit_resolvers()
+    for _, override in parsed:
+        value = _resolve(OmegaConf.create({"value": override.value()}))["value"]
+        *above, key = override.key_or_group.split(".")
+        below = found
+        for step in above:
+            below[step] = below[step] if isinstance(below.get(step), dict) else {}
+            below = below[step]
+        below[key] = {**below[key], **value} if isinstance(value, dict) and isinstance(below.get(key), dict) else value
+    return found
 
 
 def trusted_targets(argv: Sequence[str]) -> tuple[str, ...]:
@@ -107,6 +133,8 @@ def _hydra(config_name: str, config_dir: Path) -> Iterator[_Compose]:
             tree = compose(config_name, list(words), return_hydra_config=True)
         except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
             text = re.split("Config search path|Set the environment variable", str(error))[0]
+            if stranger := re.match(r"Could not override '([^'@]+)", text):
+                raise _not_here(stranger[1], config_name, config_dir) from error
             raise LdmError("CONFIG", " ".join(text.split()), where=f"{config_name}.yaml") from error
         OmegaConf.set_struct(tree, False)
         return tree
@@ -223,6 +251,17 @@ def _check_groups(groups: Sequence[tuple[str, Any]], config_dir: Path) -> list[L
                 if str(c) not in options
             ]
     return problems
+
+
+def _not_here(group: str, config_name: str, config_dir: Path) -> LdmError:
+    """A group of files that this command does not choose from."""
+    roots = [f for f in sorted(config_dir.glob("*.yaml")) if f.stem != config_name]
+    others = [f"{f.stem}.py" for f in roots if re.search(rf"^  - {group}[:@]", f.read_text(), re.MULTILINE)]
+    mounts = re.findall(rf"^  - ({group}@[^:]+):", (config_dir / f"{config_name}.yaml").read_text(), re.MULTILINE)
+    hint = f"did you mean {' or '.join(map(repr, mounts[:2]))}? " if mounts else ""
+    hint += f"it belongs to {' and '.join(others)}; " if others and not mounts else ""
+    what = f"unknown key {group!r}"
+    return LdmError("CONFIG", what, where=f"{config_name}.py", next=f"{hint}python {config_name}.py --help lists all")
 
 
 def _check_keys(values: Sequence[tuple[str, Any]], texts: Mapping[str, str], tree: _Tree) -> list[LdmError]:

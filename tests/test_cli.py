@@ -222,6 +222,7 @@ def test_trusted_packages_come_from_the_command_line_only(tree, configs):
         ("model/network=nope", "model/network has no option 'nope'; known: unet"),
         ("optimizer@stage.diffusion.optimizer=adam", "did you mean 'adamw'"),
         ("optimiser@stage.diffusion.optimizer=adamw", "unknown key"),
+        ("optimizer=adamw", "unknown key 'optimizer'; train.py; python train.py --help"),
         ("data=folder", "values are missing: data.path; add data.path=..."),
         ("stage.diffusion.optimizer=3", "write optimizer@stage.diffusion.optimizer=NAME"),
         ("++stage.diffusion.optimizer=3", "is a mapping, not a value"),
@@ -348,13 +349,15 @@ def test_an_unknown_failure_is_one_line_and_a_file(configs, tmp_path, capsys):
     text = capsys.readouterr().err
     assert len(text.splitlines()) == 1
     assert text.startswith("error[UNCLASSIFIED]: RuntimeError: two\\nlines; test_cli.py:")
+    assert f"read {tmp_path}/runs/toy/errors/rank0.txt, or rerun with traceback=true" in text
     assert "in boom" in (tmp_path / "runs" / "toy" / "errors" / "rank0.txt").read_text()
 
 
 def test_without_a_run_folder_none_is_made(configs, tmp_path, capsys):
     assert left(configs, boom, f"output_dir={tmp_path}/runs") == 1
     assert not (tmp_path / "runs").exists()
-    assert "Traceback" not in capsys.readouterr().err
+    text = capsys.readouterr().err
+    assert "Traceback" not in text and "rank0.txt" not in text and "rerun with traceback=true" in text
     assert left(configs, boom, f"output_dir={tmp_path}/runs", "traceback=true") == 1
     assert "Traceback" in capsys.readouterr().err
 
@@ -447,6 +450,34 @@ def test_help_and_the_errors_of_configuration_and_data_are_quick_and_without_tor
 
 # ---- python -m ldm
 
+HELP = """
+import runpy, sys
+for module, *words in {commands!r}:
+    sys.argv = [module, *words, "--help"]
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+        code = 0
+    except SystemExit as left:
+        code = left.code or 0
+    print("LEFT", code, sorted({{"torch", "pytorch_lightning"}} & set(sys.modules)))
+"""
+
+
+def test_help_of_every_verb_and_benchmark_is_text_and_does_not_wait_for_torch():
+    from ldm.__main__ import VERBS
+
+    benchmarks = sorted(p.stem for p in (ROOT / "benchmarks").glob("[a-z]*.py"))
+    commands = [["ldm", verb] for verb in VERBS] + [[f"benchmarks.{name}"] for name in benchmarks]
+    program = HELP.format(commands=commands)
+    before = os.times()
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    after = os.times()
+    assert after.children_user + after.children_system - before.children_user - before.children_system < 2
+    *texts, rest = done.stdout.split("LEFT 0 []\n")
+    assert len(texts) == len(commands) and rest == "", done.stdout + done.stderr
+    for text, (module, *words) in zip(texts, commands, strict=True):
+        assert f"python -m {' '.join([module, *words])} " in text
+
 
 @pytest.mark.parametrize(
     "words, code, says", [([], 0, "doctor"), (["--help"], 0, "doctor"), (["docter"], 2, "'doctor'")]
@@ -467,6 +498,31 @@ def test_doctor_reports_packages_devices_and_no_secret(monkeypatch):
     assert "fit together" in done.stdout
     assert "a key is configured" in done.stdout
     assert "s3cr3t" not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    "words, says",
+    [
+        (["stage.diffusion.batch_size=0"], "a whole number of at least 1"),
+        (["data.image_size=50"], "set data.image_size=48"),
+        (["nope=1"], "unknown key 'nope'"),
+    ],
+)
+def test_doctor_refuses_the_values_that_training_refuses(words, says):
+    from ldm.tools import doctor
+
+    [(mark, subject, line)] = doctor._configuration(words)
+    assert (mark, subject) == ("FAIL", "configuration") and says in line
+
+
+def test_doctor_checks_what_needs_torch_and_what_needs_files():
+    from ldm.tools import doctor
+
+    words = ["sampler=edm", "init_from=/nowhere", "data=folder", "data.path=/nowhere"]
+    found = {subject: (mark, line) for mark, subject, line in doctor._configuration(words)}
+    assert found["configuration"][0] == "FAIL" and "the sampler edm does not fit" in found["configuration"][1]
+    assert found["init_from"][0] == "FAIL" and "init_from=/nowhere" in found["init_from"][1]
+    assert found["data"][0] == "FAIL" and "there is no /nowhere" in found["data"][1]
 
 
 def test_doctor_notices_packages_that_do_not_fit(monkeypatch):

@@ -478,6 +478,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         write_set(**vars(parser.parse_args(argv)))
     except (ValueError, FileExistsError) as problem:
         parser.exit(2, f"error[DATA]: {problem}\n")
+    except OSError as problem:
+        hint = "free space, or choose another folder with --out"
+        parser.exit(2, f"error[DISK]: cannot write: {problem.strerror}; {problem.filename}; {hint}\n")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 
 log = logging.getLogger(__name__)
 
-_TEMPORARY = re.compile(r"\.tmp-.+-(\d+)")
+_TEMPORARY = re.compile(r"\.tmp-.+?(?:@([^@]+))?-(\d+)")
 
 
 class Digesting:
@@ -59,8 +59,8 @@ def sync_folder(folder: Path) -> None:
 
 
 def temporary(path: Path) -> Path:
-    """Where `path` is prepared: beside it, so on the same filesystem, and named after this process."""
-    return path.with_name(f".tmp-{path.name}-{os.getpid()}")
+    """Where `path` is prepared: beside it, so on the same filesystem, and named after this process and its host."""
+    return path.with_name(f".tmp-{path.name}@{os.uname().nodename}-{os.getpid()}")
 
 
 def replace_file(path: Path, data: bytes) -> None:
@@ -99,11 +99,16 @@ def remove_tree(path: Path) -> None:
         shutil.rmtree(path)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Delete the `.tmp-*-<pid>` entries of dead processes. Ours count as dead: call it before the first write."""
+def remove_leftovers(folder: Path, *, locked: bool = True) -> None:
+    """Delete the `.tmp-*@<host>-<pid>` entries of dead processes. Ours count as dead: call it before the first write.
+
+    locked: no process of another host writes here; otherwise what they left stays, for nothing tells whether they run.
+    """
     for entry in folder.iterdir():
         match = _TEMPORARY.fullmatch(entry.name)
-        if match and (int(match[1]) == os.getpid() or not is_alive(int(match[1]))):
+        if not match or not (locked or match[1] == os.uname().nodename):
+            continue
+        if int(match[2]) == os.getpid() or not is_alive(int(match[2])):
             if entry.is_dir() and not entry.is_symlink():
                 remove_tree(entry)
             else:

@@ -158,7 +158,8 @@ def find_run(path: Path | str | None = None, output_dir: Path | str = "runs", *,
                     hint = "choose one: " + ", ".join(shown)
                     raise LdmError("RUN", "this folder holds runs and is none", where=f"{where}={path}", next=hint)
                 return found
-        hint = nearest(Path(path).name, [*runs, *_runs_in(Path(path).parent)])
+        known = [*runs, *_runs_in(Path(path).parent)]
+        hint = nearest(Path(path).name, known) if known else f"name a run's folder; {output_dir}/ holds none"
         raise LdmError("RUN", "there is no such run", where=f"{where}={path}", next=hint)
     if not runs:
         raise LdmError("RUN", "nothing has been trained yet", where=str(output_dir), next="run: python train.py")

@@ -1,7 +1,7 @@
 """The checkpoints of one stage: committed whole or not at all, verified before use, rotated after success.
 
-A save writes `.tmp-step-N-<pid>/`, syncs every file, writes the manifest last, and renames the folder to `step-N`;
-a kill at any moment leaves the previous checkpoints as they were. The highest valid step counts: neither
+A save writes `.tmp-step-N@<host>-<pid>/`, syncs every file, writes the manifest last, and renames the folder to
+`step-N`; a kill at any moment leaves the previous checkpoints as they were. The highest valid step counts: neither
 modification times nor LATEST, which is a hint for people, decide. One writer per run is assumed (see run.py).
 
 Importing, choosing and verifying need no torch, so that a damaged checkpoint is reported at once.
@@ -129,9 +129,7 @@ class Store:
         """Raise LdmError, naming file and reason, unless the checkpoint of this step is whole."""
         self.load(step)
 
-    def newest(
-        self, *, fallback: bool = False, advice: str = "rerun with resume.fallback=true"
-    ) -> Checkpoint | None:
+    def newest(self, *, fallback: bool = False, advice: str = "rerun with resume.fallback=true") -> Checkpoint | None:
         """The checkpoint of the highest step, or None when there is none.
 
         An invalid one is refused with the valid alternative; with `fallback` it is set aside as `bad-step-...` and

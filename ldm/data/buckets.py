@@ -7,16 +7,17 @@ of its samples, is a pure function of (seed, step), so that a run resumes anywhe
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from copy import copy
 from dataclasses import dataclass, fields
 from functools import lru_cache
+from itertools import chain
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ldm.data.order import Ids, Order, even_lanes, permutation
+from ldm.data.order import Ids, Order, even_lanes, permutation, samples_per_epoch
 from ldm.errors import LdmError, nearest
 
 _MIXED_STEPS = 4  # of a rare bucket that are shuffled together, however small its share of a window is
@@ -70,9 +71,13 @@ class Buckets:
             what = f"the sides {low} to {high} of buckets leave out image_size {self.image_size}"
             raise _refused("min_bucket_reso", what, "min_bucket_reso <= image_size <= max_bucket_reso")
         if len(self.table) < 2:
-            what = f"sides in steps of {step} leave no choice at image_size {self.image_size}"
-            fits = max(1, self.image_size // 8)
-            raise _refused("bucket_reso_steps", what, "at least two sizes", f"set data.bucket.bucket_reso_steps={fits}")
+            what = f"sides {low} to {high} in steps of {step} leave no choice at image_size {self.image_size}"
+            # an eighth and a half always leave one: a side of at most 5/8, and one above 7/8
+            steps, lowest = max(1, self.image_size // 8), self.image_size // 2
+            hints = {"bucket_reso_steps": steps} if step > steps else {}
+            hints |= {"min_bucket_reso": lowest} if low > lowest else {}
+            hint = "set " + " and ".join(f"data.bucket.{name}={value}" for name, value in hints.items())
+            raise _refused(next(iter(hints)), what, "at least two sizes", hint)
 
     @property
     def _range(self) -> tuple[int, int]:
@@ -160,7 +165,8 @@ class BucketOrder:
         window_mb: float,
     ) -> None:
         self.seed, self.batch_size, self.lanes = base.seed, base.batch_size, base.lanes
-        self.remainder, self.assigned, self._borrows = base.remainder, assigned, True
+        self.remainder, self.assigned = base.remainder, assigned
+        self._hosts: list[int] | None = None  # see `of_encoded`
         total = float((uses * sizes).sum())
         self._windows = max(1, int(total / (window_mb * 2**20 * self.lanes)))
         self._parts: list[tuple[int, Ids, Order]] = []  # bucket, its samples, their order
@@ -168,10 +174,10 @@ class BucketOrder:
         for bucket in range(len(assigned)):
             rows = assigned.rows(bucket)
             count, weight = float(uses[rows].sum()), float((uses * sizes)[rows].sum())
-            parts_of_uses = len(np.unique(uses[rows] % 1)) - 1  # each of which an `Order` rounds to whole samples
-            if self.remainder == "drop" and count - parts_of_uses < self.batch_size:
+            num_samples = samples_per_epoch(uses[rows])
+            if self.remainder == "drop" and num_samples < self.batch_size:
                 continue
-            lanes = even_lanes(self.lanes, round(count))
+            lanes = even_lanes(self.lanes, num_samples)
             mixed = _MIXED_STEPS * self.batch_size / lanes * weight / count / 2**20
             order = part(rows, lanes, min(window_mb, max(window_mb * weight / max(1.0, total), mixed)))
             self._parts.append((bucket, rows, order))
@@ -191,9 +197,10 @@ class BucketOrder:
     def _build_caches(self) -> None:
         self._at = lru_cache(maxsize=64)(self._find)
         self._turn = lru_cache(maxsize=8)(self._build_turn)
+        self._walk = lru_cache(maxsize=8)(self._build_walk)
 
     def __getstate__(self) -> dict:  # caches stay behind when a worker process receives the order
-        return {k: v for k, v in self.__dict__.items() if k not in ("_at", "_turn")}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_at", "_turn", "_walk")}
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
@@ -206,7 +213,8 @@ class BucketOrder:
 
     def size(self, step: int) -> tuple[int, int]:
         """Width and height of the step's bucket."""
-        return self.assigned.size(self._parts[self._at(step)[0]][0])
+        mine = self._at(step)[0]
+        return self.assigned.size(self._parts[mine if self._hosts is None else self._hosts[mine]][0])
 
     def ids(self, step: int) -> Ids:
         """[B] sample ids of the step, by slot."""
@@ -220,25 +228,41 @@ class BucketOrder:
         return self._parts[i][2].turns(inner)
 
     def reserve(self, slot: int, attempt: int) -> int:
-        """A candidate to replace a bad sample at `slot`: first from its bucket, see `Order.reserve`; after as many
-        attempts as that has other samples, from the bucket of the next similar aspect ratio, and so on.
+        """A candidate to replace a bad sample at `slot`: the others of its bucket one by one, those of its lane first;
+        then all of the bucket of the next similar aspect ratio, and so on; and again from the start.
         """
-        step, within = divmod(int(slot), self.batch_size)
-        mine, inner = self._at(step)
-        if self._borrows:
-            attempt %= max(1, sum(len(rows) for _, rows, _ in self._parts) - 1)
-        for i in self._near(mine):
-            _, rows, order = self._parts[i]
-            others = len(rows) - (i == mine)
-            if attempt < others or not self._borrows:
-                return int(rows[order.reserve(inner * self.batch_size + within, attempt)])
-            attempt -= others
-        return int(self._parts[mine][1][0])  # there is no other sample
+        found, others = self._walk(int(slot))
+        while attempt >= len(found) and (sample := next(others, None)) is not None:
+            found.append(sample)
+        return found[attempt % len(found)] if found else int(self.ids(slot // self.batch_size)[slot % self.batch_size])
 
-    def without_borrowing(self) -> BucketOrder:
-        """The same, but a bad sample is replaced within its bucket alone: for pictures that are encoded already."""
-        order = copy(self)
-        order._borrows = False
+    def _build_walk(self, slot: int) -> tuple[list[int], Iterator[int]]:
+        """The candidates at a slot that were asked for, and those that follow."""
+        return [], self._others(slot)
+
+    def _others(self, slot: int) -> Iterator[int]:
+        """Every sample that may stand in at a slot, once."""
+        step, within = divmod(slot, self.batch_size)
+        mine, inner = self._at(step)
+        seen = {int(self.ids(step)[within])}
+        for i in self._near(mine) if self._hosts is None else [self._hosts[mine]]:
+            _, rows, order = self._parts[i]
+            at = inner * self.batch_size + within
+            of_epoch = (order.reserve(at, attempt) for attempt in range(order.num_samples - 1))
+            for row in chain([order.ids(inner)[within]], of_epoch, range(len(rows))):
+                sample = int(rows[row])
+                if sample not in seen:
+                    seen.add(sample)
+                    yield sample
+
+    def of_encoded(self, usable: NDArray[np.bool_]) -> BucketOrder:
+        """The same for pictures that are encoded already, at the sizes of their own buckets.
+
+        usable: [N], which could be encoded. A bad sample is replaced within its bucket alone. A bucket without a usable
+        one has its steps as before, but of the size and with replacements of the most similar bucket that has some.
+        """
+        order, alive = copy(self), [bool(usable[rows].any()) for _, rows, _ in self._parts]
+        order._hosts = [next((i for i in self._near(mine) if alive[i]), mine) for mine in range(len(alive))]
         return order
 
     def _near(self, i: int) -> list[int]:
@@ -309,7 +333,7 @@ def report(assigned: Assignment, image_sizes: Ids) -> dict[str, Any]:
     return {"buckets": rows, "cut_away": float(loss.mean()), "square_cuts_away": square}
 
 
-def in_words(found: Mapping[str, Any], order: BucketOrder, uses: NDArray[Any], crop: str) -> str:
+def in_words(found: Mapping[str, Any], order: BucketOrder, crop: str) -> str:
     """One line for a person at the start of a run: the buckets, what is lost, and what is rarer than a batch.
 
     found: of `report`.
@@ -322,11 +346,15 @@ def in_words(found: Mapping[str, Any], order: BucketOrder, uses: NDArray[Any], c
     more = [f"{len(rows) - _LISTED} more"] if len(rows) > _LISTED else []
     loss, square = (f"{100 * found[key]:.1f} %" for key in ("cut_away", "square_cuts_away"))
     line = f"{len(rows)} buckets ({', '.join(listed + more)}); {verb} {loss}, to a square it would be {square}"
-    entries, batch = np.bincount(order.assigned.of, weights=uses), order.batch_size
-    rare = entries < batch
-    if rare.any():
-        pictures = int(rare[order.assigned.of].sum())
-        waits = f"wait up to {-(-batch // max(1, int(entries.min())))} epochs for one"
-        fate = "are never used with data.remainder=drop" if order.remainder == "drop" else waits
-        line += f"; {int(rare.sum())} of them, with {pictures} pictures, are rarer than a batch of {batch} and {fate}"
+    batch, used = order.batch_size, {bucket: part.num_samples for bucket, _, part in order._parts}
+    left_out = [row for bucket, row in enumerate(found["buckets"]) if bucket not in used]
+    if left_out:
+        named = [f"{row['width']}x{row['height']} ({row['pictures']})" for row in left_out[:_LISTED]]
+        named += [f"{len(left_out) - _LISTED} more"] if len(left_out) > _LISTED else []
+        line += f"; rarer than a batch of {batch} and never used with data.remainder=drop: {', '.join(named)}"
+    rare = [bucket for bucket, samples in used.items() if samples < batch]
+    if rare:
+        pictures = sum(found["buckets"][bucket]["pictures"] for bucket in rare)
+        waits = f"wait up to {-(-batch // min(used.values()))} epochs for one"
+        line += f"; {len(rare)} of them, with {pictures} pictures, are rarer than a batch of {batch} and {waits}"
     return line

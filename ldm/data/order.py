@@ -50,6 +50,18 @@ def even_lanes(wanted: int, num_samples: int) -> int:
     return max(n for n in divisors if n == 1 or num_samples % n == 0 < num_samples or num_samples // n >= _LONG_LANE)
 
 
+def samples_per_epoch(repeats: NDArray[np.float64]) -> int:
+    """`Order.num_samples` with these repeats: every share of equal samples is rounded by itself, see `Order`."""
+    whole = repeats.astype(np.int64)
+    shares, counts = np.unique(repeats - whole, return_counts=True)
+    return int(whole.sum()) + sum(_chosen_of(share, n) for share, n in zip(shares, counts, strict=True) if share > 0)
+
+
+def _chosen_of(share: float, count: int) -> int:
+    """How many of `count` samples an epoch uses once more."""
+    return max(1, round(float(share) * int(count)))
+
+
 @dataclass(frozen=True)
 class _Entries:
     """What one epoch uses, pass by pass, in each pass shard by shard.
@@ -184,16 +196,20 @@ class Order:
 
     def reserve(self, slot: int, attempt: int) -> int:
         """A candidate to replace a bad sample at `slot`: the others of its lane and epoch one by one in an order of the
-        slot's own, then all of the epoch.
+        slot's own, then those of the epoch's other lanes, and again from the start. A copy counts as another sample.
         """
         step, within = divmod(int(slot), self.batch_size)
         per_lane = self.batch_size // self.lanes
         lane, i = divmod(within, per_lane)
         epochs, positions = self._positions(lane, step, per_lane)
         first, length, own = int(self._cut[lane]), int(self.lane_lengths[lane]), int(positions[i])
-        if attempt >= length - 1:
-            first, length, own, attempt = 0, self.num_samples, first + own, attempt - (length - 1)
-        at = first + self._other(own, length, slot, attempt)
+        attempt %= max(1, self.num_samples - 1)
+        if attempt < length - 1 or length == self.num_samples:
+            at = first + self._other(own, length, slot, attempt)
+        else:
+            rest = self.num_samples - length
+            at = self._other(rest, rest + 1, slot, attempt - (length - 1))
+            at += length if at >= first else 0
         lane = int(np.searchsorted(self._cut, at, side="right")) - 1
         epoch = int(epochs[i])
         return int(self._entries(epoch).ids[self._resolve(epoch, lane, np.array([at - self._cut[lane]]))][0])
@@ -261,8 +277,8 @@ class Order:
         self._shares = []
         for share in np.unique(rest[rest > 0]):
             ids = np.flatnonzero(rest == share)
-            number = max(1, round(float(share) * len(ids)))
-            self._shares.append(_Share(ids, permutation(len(ids), self.seed, "share", float(share)), number))
+            order = permutation(len(ids), self.seed, "share", float(share))
+            self._shares.append(_Share(ids, order, _chosen_of(share, len(ids))))
 
     def _build_whole_passes(self) -> _Entries:
         ids: list[Ids] = []

@@ -182,8 +182,10 @@ def _choices(body: str, where: str) -> list[str]:
 
 
 def _missing(path: Path, where: str) -> LdmError:
+    set_it = f"set {where} to a folder of pictures or of tar shards"
     try:
-        hint = nearest(path.name, os.listdir(path.parent))
+        close = nearest(path.name, os.listdir(path.parent))
+        hint = close if close.startswith("did you mean") else set_it  # a list of all that lies there helps nobody
     except FileNotFoundError:
         hint = f"the folder {path.parent} does not exist either"
     except OSError as error:

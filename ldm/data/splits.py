@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,13 +23,14 @@ _opened: list[Dataset] = []
 """What `check_data` opened last. While it lives its indexes are in use, and the data module takes these."""
 
 
-def check_data(node: Mapping[str, Any]) -> None:
+def check_data(node: Mapping[str, Any]) -> list[Dataset]:
     """Opens what a `data` node names, so that its errors come before anything heavy is imported.
 
+    Returns the training set and, if there is one, the validation set; nothing for a data module of the user's own.
     What was inferred is said on standard error.
     """
     if node.get("_target_") != "ldm.data.datamodule.DataModule":
-        return
+        return []
 
     node = {**node, "remote": build(node.get("remote"), where="data.remote")}
 
@@ -40,6 +41,7 @@ def check_data(node: Mapping[str, Any]) -> None:
     _opened[:] = [found for found in called(open_splits) if found]
     for remark in dict.fromkeys(remark for found in _opened for remark in found.remarks):
         print(one_line(f"data: {remark}"), file=sys.stderr)
+    return list(_opened)
 
 
 def open_splits(
@@ -91,20 +93,29 @@ def open_splits(
         chosen = train.digests / 2.0**64 < val_fraction
         if chosen.any() and not chosen.all():
             train, val = train.take(np.flatnonzero(~chosen)), train.take(np.flatnonzero(chosen))
-    _check_budget(train, 0.0 if strict else max_bad_fraction)
+    limit = 0.0 if strict else max_bad_fraction
+    _check_budget(train, limit)
+    if val is not None and val.indexes is not train.indexes:
+        _check_budget(val, limit, " in the validation set")
     if max_train_samples is not None and max_train_samples < train.num_samples:
         train = train.take(_fewest_hashes(train, max_train_samples))
     return train, None if val is None else val.take(_fewest_hashes(val, max_val_samples))
 
 
-def _check_budget(dataset: Dataset, limit: float) -> None:
+def problems_of(datasets: Iterable[Dataset]) -> Counter[str]:
+    """What the index left out or remarked on, by kind; of two parts of one set once."""
+    apart = {id(dataset.indexes): dataset.problems for dataset in datasets}
+    return sum(apart.values(), Counter[str]())
+
+
+def _check_budget(dataset: Dataset, limit: float, of: str = "") -> None:
     """The index leaves bad samples out before training; they count all the same, but for missing captions."""
     bad = {k: n for k, n in dataset.problems.items() if k in BAD_KINDS and k != "caption_missing"}
     share = sum(bad.values()) / (dataset.num_samples + sum(bad.values()))
     if share > limit:
         reasons = Counter((p.kind, p.shard) for p in dataset.examples if p.kind in bad)
         first = next(p.key for p in dataset.examples if p.kind in bad)
-        what = f"{100 * share:.1f} % bad samples, for example {first}"
+        what = f"{100 * share:.1f} % bad samples{of}, for example {first}"
         raise budget_error(what, f"limit {100 * limit:.1f} %", reasons, None, "data.max_bad_fraction")
 
 

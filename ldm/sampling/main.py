@@ -14,34 +14,33 @@ from torch import Tensor
 
 from ldm import __version__
 from ldm.build import build
-from ldm.data.decode import BadSample, decode_image
 from ldm.data.transforms import to_images
 from ldm.diffusion.schedule import for_size
 from ldm.errors import LdmError, nearest
 from ldm.model import LatentDiffusion
 from ldm.models.conditioner.compose import parts_of
-from ldm.sampling.outputs import captioned_grid, save_png, strip, to_uint8
+from ldm.sampling.outputs import grid_of_prompts, save_png, strip, to_uint8
+from ldm.sampling.request import Picture, Request, cannot_write, no_prompt
 from ldm.sampling.tasks import Sampling, one_for_each, subtitles, text_to_image
 from ldm.sampling.trajectory import Trajectory
 from ldm.types import ignore
 
-MAX_PROMPT_CHARACTERS = 10_000
+MAX_STRIPS = 16
 LEVEL_KEYS = ("spacing", "offset", "final", "rho", "sigma_min", "sigma_max", "shift")  # of the sampler, in the recipe
 
 
-def sample(cfg: Mapping[str, Any], trusted: tuple[str, ...] = ()) -> None:
-    """Everything that sample.py does; `cfg` is configs/sample.yaml composed."""
+def sample(cfg: Mapping[str, Any], request: Request, trusted: tuple[str, ...] = ()) -> None:
+    """Everything that sample.py does; `cfg` is configs/sample.yaml composed, `request` what was read from it."""
     device = choose_device(cfg["device"])
-    model = LatentDiffusion.load(cfg["run"], weights=cfg["weights"], device=device, trusted=trusted)
-    prompts, columns = one_for_each(read_prompts(cfg, model.reads), read_columns(cfg, model.reads))
+    model = LatentDiffusion.load(request.run, weights=cfg["weights"], device=device, trusted=trusted)
+    prompts, columns = one_for_each(prompts_for(request, cfg, model.reads), read_columns(cfg, model.reads))
     node = choose_sampler(cfg["sampler"], model)
     sampling: Sampling = build(node, where="sampler", trusted=trusted)
     height, width = cfg["height"] or model.image_size, cfg["width"] or model.image_size
     shape = model.latent_shape(height, width)  # refuses a size that does not fit before anything is written
-    start = load_image(cfg["image"], height, width) if cfg["image"] is not None else None
+    start = None if request.start is None else start_of(request.start, height, width)
     sampling.check(for_size(model.denoiser.schedule, shape), cfg["strength"] if start is not None else 1.0)
-    folder = Path(cfg["output_dir"])
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = request.folder
 
     jobs = [(j, cfg["seed"] + i) for j in range(len(prompts)) for i in range(cfg["count"])]
     words = subtitles(prompts, columns)
@@ -57,14 +56,16 @@ def sample(cfg: Mapping[str, Any], trusted: tuple[str, ...] = ()) -> None:
         **{key: getattr(sampling, key) for key in LEVEL_KEYS},
         "height": height,
         "width": width,
-        "strength": cfg["strength"] if start is not None else None,
+        **image_to_image(request.start, cfg["strength"]),
         "model": model.source,
         "ldm": __version__,
     }
-    began, paths, shown = time.monotonic(), [], []
+    began, paths, strips = time.monotonic(), [], []
+    rows: list[list[Image.Image]] = [[] for _ in prompts]
     for at in range(0, len(jobs), cfg["batch_size"]):
         part = jobs[at : at + cfg["batch_size"]]
-        watch = Trajectory(sampling.steps) if cfg["trajectory"] and at == 0 else None
+        shown = min(len(part), MAX_STRIPS - at) if cfg["trajectory"] else 0
+        watch = Trajectory(sampling.steps, shown) if shown > 0 else None
         pictures = text_to_image(
             model,
             [prompts[j] for j, _ in part],
@@ -75,27 +76,25 @@ def sample(cfg: Mapping[str, Any], trusted: tuple[str, ...] = ()) -> None:
             size=(height, width),
             images=None if start is None else start.expand(len(part), -1, -1, -1),
             strength=cfg["strength"],
-            on_step=watch or ignore,
+            on_step=ignore if watch is None else watch,
         )
         refuse_non_finite(pictures)
-        for (j, seed), picture in zip(part, to_uint8(pictures), strict=True):
-            path = free_path(folder, f"{model.source['step']:09d}-{seed}")
-            save_png(picture, path, {**told[j], "seed": seed, **recipe})
+        for i, ((j, seed), picture) in enumerate(zip(part, to_uint8(pictures), strict=True)):
+            path = write(picture, folder, f"{model.source['step']:09d}-{seed}", {**told[j], "seed": seed, **recipe})
             paths.append(path)
-            shown.append(picture)
-        if watch is not None:
-            path = free_path(folder, "trajectory")
-            frames = strip(to_uint8(watch.pictures(model)), [f"step {s + 1}" for s in watch.steps])
-            save_png(frames, path, {**told[part[0][0]], "seed": part[0][1], **recipe})
-            print(f"from noise to picture: {path}")
+            rows[j].append(picture)
+            if watch is not None and i < watch.count:
+                frames = strip(to_uint8(watch.pictures(model, i)), [f"step {s + 1}" for s in watch.steps])
+                strips.append(write(frames, folder, f"{path.stem}-trajectory", {**told[j], "seed": seed, **recipe}))
     seconds = time.monotonic() - began
     print(f"{len(paths)} pictures in {seconds:.1f} s: {folder}/")
+    if strips:
+        of = f"the first {len(strips)} of them" if len(strips) < len(paths) else "each"
+        print(f"from noise to picture, of {of}: {strips[0]}" + ", ..." * (len(strips) > 1))
     if len(paths) == 1:
         print(paths[0])
     else:
-        grid = free_path(folder, "grid")
-        save_png(captioned_grid(shown, [words[j] for j, _ in jobs]), grid, recipe)
-        print(f"grid: {grid}")
+        print(f"grid: {write(grid_of_prompts(rows, words), folder, 'grid', recipe)}")
     for tokenizer in (part.tokenizer for part in parts_of(model.conditioner) if hasattr(part, "tokenizer")):
         if too_long := sum(tokenizer.is_cut(prompt) for prompt in set(prompts)):
             print(f"{too_long} prompts were longer than {tokenizer.length} tokens and were cut")
@@ -117,33 +116,16 @@ def read_columns(cfg: Mapping[str, Any], reads: tuple[str, ...]) -> dict[str, An
     return dict(cfg["columns"])
 
 
-def read_prompts(cfg: Mapping[str, Any], reads: tuple[str, ...]) -> list[str]:
-    """`prompt=`, or the lines of `prompts_file=`; one empty prompt for a model that reads no text."""
+def prompts_for(request: Request, cfg: Mapping[str, Any], reads: tuple[str, ...]) -> list[str]:
+    """The prompts of the request; one empty prompt for a model that reads no text."""
     if "caption" not in reads:
-        if cfg["prompt"] or cfg["prompts_file"] or cfg["negative_prompt"]:
+        if request.prompts not in (None, [""]) or cfg["negative_prompt"]:
             hint = f"it reads columns.{reads[0]}=..." if reads else "it is unconditional"
             raise LdmError("PROMPT", "this model reads no text", where="prompt", next=f"leave the prompt out; {hint}")
         return [""]
-    if (cfg["prompt"] is None) == (cfg["prompts_file"] is None):
-        raise LdmError(
-            "PROMPT",
-            "give either a prompt or a file of prompts",
-            next='python sample.py prompt="a red star on a blue ground", or prompts_file=prompts.txt',
-        )
-    if cfg["prompt"] is not None:
-        prompts = [cfg["prompt"]]
-    else:
-        try:
-            text = Path(cfg["prompts_file"]).read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
-            raise LdmError("PROMPT", f"cannot read the prompts: {error}", where="prompts_file") from error
-        prompts = [line.strip() for line in text.splitlines() if line.strip()]
-        if not prompts:
-            raise LdmError("PROMPT", "the file holds no prompt", where=cfg["prompts_file"], next="one prompt a line")
-    for prompt in prompts:
-        if len(prompt) > MAX_PROMPT_CHARACTERS:
-            raise LdmError("PROMPT", "a prompt is too long", limit=f"{MAX_PROMPT_CHARACTERS} characters, {len(prompt)}")
-    return prompts
+    if request.prompts is None:
+        raise no_prompt()
+    return request.prompts
 
 
 def choose_device(name: str) -> torch.device:
@@ -160,15 +142,9 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def load_image(path: str, height: int, width: int) -> Tensor:
+def start_of(picture: Picture, height: int, width: int) -> Tensor:
     """[1, 3, H, W] in [-1, 1], resized and cropped to the size of the result."""
-    try:
-        image = decode_image(Path(path).read_bytes())
-    except OSError as error:
-        raise LdmError("IMAGE", f"cannot read the picture: {error.strerror}", where=path) from error
-    except BadSample as error:
-        raise LdmError("IMAGE", f"not a usable picture: {error}", where=path) from error
-    return to_images([np.asarray(ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC))])
+    return to_images([np.asarray(ImageOps.fit(picture.image, (width, height), Image.Resampling.BICUBIC))])
 
 
 def refuse_non_finite(pictures: Tensor) -> None:
@@ -176,6 +152,24 @@ def refuse_non_finite(pictures: Tensor) -> None:
         raise LdmError(
             "NON-FINITE", "the model gave values that are not finite", next="try weights=raw or another checkpoint"
         )
+
+
+def image_to_image(start: Picture | None, strength: float) -> dict[str, Any]:
+    """What the recipe says about the start: the name without its folder, for a picture may be handed on."""
+    if start is None:
+        return {"image": None, "strength": None}
+    return {"image": {"file": start.file, "sha256": start.sha256}, "strength": strength}
+
+
+def write(picture: Image.Image, folder: Path, stem: str, recipe: Mapping[str, Any]) -> Path:
+    """Saves under a name that is free. Raises LdmError when the disk refuses."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        path = free_path(folder, stem)
+        save_png(picture, path, recipe)
+    except OSError as error:
+        raise cannot_write(folder, error) from error
+    return path
 
 
 def free_path(folder: Path, stem: str) -> Path:

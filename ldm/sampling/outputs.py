@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import textwrap
+import unicodedata
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ from torch import Tensor
 
 RECIPE_KEY = "ldm"
 INK, PAPER = (38, 38, 38), (255, 255, 255)
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 def to_uint8(images: Tensor) -> list[Image.Image]:
@@ -38,22 +42,26 @@ def read_recipe(path: Path) -> dict[str, Any] | None:
 
 
 def captioned_grid(
-    images: Sequence[Image.Image], captions: Sequence[str], columns: int | None = None, *, cell: int = 160
+    images: Sequence[Image.Image | None], captions: Sequence[str], columns: int | None = None, *, cell: int = 160
 ) -> Image.Image:
-    """Pictures in rows with their captions below; small ones are enlarged in whole steps, so pixels stay crisp."""
+    """Pictures in rows with their captions below; small ones are enlarged in whole steps, so pixels stay crisp.
+
+    None leaves a cell empty. What no font of this machine can write is escaped.
+    """
     columns = columns or min(len(images), 8 if len(images) > 12 else 4)
-    width, height = images[0].size
+    width, height = next(image.size for image in images if image is not None)
     zoom = max(1, round(cell / width))
     width, height = width * zoom, height * zoom
-    font = ImageFont.load_default(12)
-    characters = max(8, int(width / 6.2))
-    lines = [textwrap.wrap(_printable(c), characters)[:4] for c in captions]
+    texts = [writable(caption) for caption in captions]
+    lines = [textwrap.wrap(text, max(8, int(width / _width_of(text, font))))[:4] for text, font in texts]
     text_height = 16 * max((len(x) for x in lines), default=0) + 8
     pad = 12
     rows = -(-len(images) // columns)
     grid = Image.new("RGB", (columns * (width + pad) + pad, rows * (height + text_height + pad) + pad), PAPER)
     draw = ImageDraw.Draw(grid)
-    for i, (image, words) in enumerate(zip(images, lines, strict=True)):
+    for i, (image, words, (_, font)) in enumerate(zip(images, lines, texts, strict=True)):
+        if image is None:
+            continue
         x = pad + i % columns * (width + pad)
         y = pad + i // columns * (height + text_height + pad)
         grid.paste(image.resize((width, height), Image.Resampling.NEAREST), (x, y))
@@ -63,11 +71,82 @@ def captioned_grid(
     return grid
 
 
+def grid_of_prompts(pictures: Sequence[Sequence[Image.Image]], captions: Sequence[str]) -> Image.Image:
+    """The same number of pictures for each caption: a row for each, or several where it has more than `_WIDEST`.
+
+    One picture each goes on from row to row.
+    """
+    count = len(pictures[0])
+    if count == 1:
+        return captioned_grid([row[0] for row in pictures], captions)
+    columns = -(-count // -(-count // _WIDEST))  # 9 pictures: 5 and 4, not 8 and 1
+    blank = -count % columns
+    cells = [picture for row in pictures for picture in [*row, *[None] * blank]]
+    return captioned_grid(cells, [caption for caption in captions for _ in range(count + blank)], columns)
+
+
 def strip(images: Sequence[Image.Image], labels: Sequence[str]) -> Image.Image:
     """Pictures side by side: the way from noise to picture."""
     return captioned_grid(images, labels, columns=len(images), cell=128)
 
 
-def _printable(text: str) -> str:
-    """Control and direction characters as spaces: a caption is shown, never obeyed."""
-    return "".join(c if c.isprintable() else " " for c in text)
+# ---- text in pictures
+
+_WIDEST = 8  # pictures in a row
+_FONTS = (  # looked for among the fonts of the machine, wide ones last; Pillow's own has little more than ASCII
+    "DejaVuSans.ttf",
+    "NotoSans-Regular.ttf",
+    "Arial Unicode.ttf",
+    "NotoSansCJK-Regular.ttc",
+    "wqy-zenhei.ttc",
+    "wqy-microhei.ttc",
+    "msyh.ttc",
+    "YuGothM.ttc",
+)
+_UNASSIGNED = "\U0010ffff"
+
+
+def writable(text: str) -> tuple[str, Font]:
+    """The text as it can be written, and the font that lacks least of it.
+
+    Control and direction characters are spaces: a caption is shown, never obeyed. Of what the font lacks, accents are
+    dropped, and the rest is escaped, so that prompts can still be told apart.
+    """
+    text = "".join(c if c.isprintable() else " " for c in text)
+    font = _own_font()
+    if all(_has(font, c) for c in text):
+        return text, font
+    font = min(_fonts(), key=lambda f: sum(not _has(f, c) for c in text))
+    return "".join(c if _has(font, c) else _replaced(c, font) for c in text), font
+
+
+def _replaced(character: str, font: Font) -> str:
+    plain = "".join(c for c in unicodedata.normalize("NFKD", character) if not unicodedata.combining(c))
+    if all(_has(font, c) for c in plain):
+        return plain
+    return character.encode("unicode_escape").decode("ascii")
+
+
+@cache
+def _own_font() -> Font:
+    return ImageFont.load_default(12)
+
+
+@cache
+def _fonts() -> tuple[Font, ...]:
+    found: list[Font] = [_own_font()]
+    for name in _FONTS:
+        with suppress(OSError):
+            found.append(ImageFont.truetype(name, 12))
+    return tuple(found)
+
+
+@cache
+def _has(font: Font, character: str) -> bool:
+    """Whether the font draws it otherwise than what it has nothing for."""
+    return character == " " or bytes(font.getmask(character)) != bytes(font.getmask(_UNASSIGNED))
+
+
+def _width_of(text: str, font: Font) -> float:
+    """Pixels that a character takes, about: letters of some scripts are twice as wide as others."""
+    return max(6.2, font.getlength(text) / max(1, len(text)))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -111,7 +113,9 @@ def check_writable(folder: Path) -> None:
     made: list[Path] = []
     try:
         for place in reversed((folder, *folder.parents)):
-            if not place.is_dir():
+            if place.exists() and not place.is_dir():
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+            if not place.exists():
                 place.mkdir()
                 made.append(place)
         with tempfile.TemporaryFile(dir=folder) as file:

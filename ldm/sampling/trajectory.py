@@ -9,19 +9,20 @@ from ldm.model import LatentDiffusion
 
 
 class Trajectory:
-    """An `on_step` that keeps the predicted x0 of the first picture at about `frames` evenly spaced steps."""
+    """An `on_step` that keeps the predicted x0 of the first `count` pictures at about `frames` evenly spaced steps."""
 
-    def __init__(self, num_steps: int, frames: int = 8) -> None:
+    def __init__(self, num_steps: int, count: int, frames: int = 8) -> None:
         frames = min(frames, num_steps)
         self.wanted = {round(i * (num_steps - 1) / max(1, frames - 1)) for i in range(frames)}
+        self.count = count
         self.steps: list[int] = []
         self.latents: list[Tensor] = []
 
     def __call__(self, step: int, x: Tensor, x0: Tensor) -> None:
         if step in self.wanted:
             self.steps.append(step)
-            self.latents.append(x0[:1].clone())
+            self.latents.append(x0[: self.count].clone())
 
-    def pictures(self, model: LatentDiffusion) -> Tensor:
-        """[frames, 3, H, W] in [-1, 1]."""
-        return model.decode(torch.cat(self.latents))
+    def pictures(self, model: LatentDiffusion, index: int) -> Tensor:
+        """[frames, 3, H, W] in [-1, 1]: the way of one picture."""
+        return model.decode(torch.stack([x0[index] for x0 in self.latents]))

@@ -6,14 +6,13 @@ the words of train.py. A rerun of the same command verifies what is there and go
 
 from __future__ import annotations
 
+import inspect
 import os
-import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +20,12 @@ import torch
 import yaml
 from torch import nn
 
-from ldm.build import build, build_saved, to_saved
+from ldm.build import build, build_saved, resolve, to_saved
 from ldm.checkpoints.run import find_run
 from ldm.checkpoints.store import Store
-from ldm.config import compose, key_of, trusted_targets
-from ldm.data.cache import DTYPES
+from ldm.config import changed, compose, trusted_targets
 from ldm.data.datamodule import DataModule
-from ldm.errors import REFUSED, TEMPORARY, LdmError
+from ldm.errors import TEMPORARY, LdmError
 from ldm.model import (
     absent_towers,
     load_autoencoder,
@@ -38,84 +36,57 @@ from ldm.model import (
     read_weights,
 )
 from ldm.precompute.cache import Autoencoder, Folder, Piece, Record, Settings, identity, moments_pieces, write_cache
-from ldm.precompute.text import encoder_ids, fields_of, text_encoders, text_pieces, texts_of, unique
+from ldm.precompute.text import encoder_ids, shapes_of, text_encoders, text_pieces, texts_of, unique
+from ldm.tools.cache_options import Options, parse
+from ldm.tools.disk import refusals
 from ldm.tools.pool import progress
-from ldm.tools.words import Verb, option
 from ldm.training.assemble import fixed_autoencoder, trained_autoencoder
 from ldm.training.launch import die_with_parent
 from ldm.training.place import Place
 
-VERB = Verb(
-    "cache",
-    ("OUT",),
-    "OUT: a folder for the cache; training takes it by data.cache=OUT. docs/cache.md says more.\n"
-    "Other data than the run's: data=NAME and data.KEY=VALUE, as for train.py.",
-)
-
-
-@dataclass(frozen=True)
-class Options:
-    run: str | None = option(None, "the run whose autoencoder and data are used (the run last trained)", str)
-    text: bool = option(False, "embeddings of the captions, too, by text encoders that are not trained")
-    flipped: bool = option(False, "every picture mirrored, too, for data.flip_prob")
-    dtype: str = option("float32", "float32, float16 or bfloat16", choices=tuple(DTYPES))
-    batch_size: int = option(32, "pictures, or texts, at once")
-    piece_mb: float = option(256.0, "size of a file, about; a stopped command loses one of them at most")
-    device: str | None = option(None, "cpu or cuda (cuda where there is one)", str, choices=("cpu", "cuda"))
-    devices: int = option(1, "processes, one for each device of this machine; under torchrun its own number counts")
-    workers: int = option(0, "processes that read and decode, for each device")
-
-    def __post_init__(self) -> None:
-        for key, low in (("batch_size", 1), ("piece_mb", 0.001), ("devices", 1), ("workers", 0)):
-            if getattr(self, key) < low:
-                raise LdmError("CONFIG", f"{key}={getattr(self, key)}", where=key, limit=f"at least {low}")
-
-    @property
-    def settings(self) -> Settings:
-        return Settings(self.dtype, self.flipped, self.text, self.batch_size, self.piece_mb)
-
 
 def main(argv: Sequence[str]) -> int:
-    of_data = [word for word in argv if re.match(r"data[.=]", word) or key_of(word) == "trusted_targets"]
-    parsed = VERB.parse([word for word in argv if word not in of_data], Options)
+    parsed = parse(argv)
     if parsed is None:
         return 0
-    (out,), options = parsed
+    out, options, of_data = parsed
     outer = Place.outer()
     if options.devices > 1 and outer is None:
         return _several(argv, options.devices)
     place = outer or Place()
-    with _disk(Path(out)):
-        cache(Path(out).expanduser(), options, of_data, place)
+    folder = Path(out).expanduser()
+    with refusals(folder, "files"):
+        cache(folder, options, of_data, place)
     return 0
 
 
 def cache(out: Path, options: Options, words: Sequence[str] = (), place: Place | None = None) -> Record | None:
     """Write this process's part; returns the content of cache.json once it is whole. words: of the data."""
     place, began = place or Place(), time.monotonic()
+    settings = Settings(options.dtype, options.flipped, options.batch_size, options.piece_mb)
     run, trusted = find_run(options.run), trusted_targets(words)
     record = _recorded(run)
     device = _device(options.device, place.local_rank)
     autoencoder = _autoencoder(run, record, trusted).to(device)
-    data: DataModule = build(_data_node(record, words, run), where="data", trusted=trusted)
+    data: DataModule = build(_data_node(record, words, run, trusted), where="data", trusted=trusted)
     data.open().configure(seed=0, batch_size=1, num_workers=options.workers, pin_memory=device.type == "cuda")
-    pieces: list[Piece] = list(moments_pieces(data, autoencoder, options.settings))
+    pieces: list[Piece] = list(moments_pieces(data, autoencoder, settings))
     text = None
     if options.text:
         conditioner, node = _conditioner(run, record, trusted)
         encoders = text_encoders(conditioner.to(device))
         splits = ["train"] + ["val"] * bool(data.num_val)
         texts = unique(text for split in splits for text in texts_of(data.dataset(split), data.captions))
-        pieces += text_pieces(encoders, texts, options.settings)
+        pieces += text_pieces(encoders, texts, settings)
         text = {
             "ids": encoder_ids(conditioner, node, trusted),
             "captions": asdict(data.captions),
-            "fields": fields_of(encoders),
+            "fields": shapes_of(encoders),
             "count": len(texts),
         }
         if (cut := _num_cut(encoders, texts)) and place.rank == 0:
             print(f"{cut} of {len(texts)} captions are longer than the text encoder reads and are cut")
-    folder = Folder(out, identity(data, autoencoder, pieces, options.settings, text))
+    folder = Folder(out, identity(data, autoencoder, pieces, settings, text))
     with progress("encoding", sum(piece.count for piece in pieces[place.rank :: place.world_size])) as done:
         about, written = write_cache(folder, pieces, rank=place.rank, world_size=place.world_size, done=done)
     if about is None:
@@ -149,7 +120,9 @@ def _recorded(run: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _data_node(record: Mapping[str, Any], words: Sequence[str], run: Path) -> dict[str, Any]:
+def _data_node(
+    record: Mapping[str, Any], words: Sequence[str], run: Path, trusted: tuple[str, ...] = ()
+) -> dict[str, Any]:
     """The run's `data`, changed by the words, or another group of `data`."""
     groups = [word for word in words if word.startswith("data=")]
     values = [word for word in words if word.startswith("data.")]
@@ -160,16 +133,10 @@ def _data_node(record: Mapping[str, Any], words: Sequence[str], run: Path) -> di
             raise LdmError("CACHE", "the run does not say which data it was trained on", where=str(run), next=hint)
         node = compose("train", ["experiment=null", "name=cache", *groups, *values])["data"]
     else:
-        node = dict(recorded)
-        for word in values:
-            key, _, value = word.removeprefix("data.").partition("=")
-            below = node
-            for step in key.split(".")[:-1]:
-                below = below.setdefault(step, {})
-            try:
-                below[key.rpartition(".")[2]] = yaml.safe_load(value)
-            except yaml.YAMLError as error:
-                raise LdmError("CONFIG", f"cannot read {word!r}", next="quote the value") from error
+        known = dict.fromkeys(inspect.signature(resolve(recorded["_target_"], trusted=trusted)).parameters)
+        node = changed({"data": {**known, **recorded}}, values)["data"]
+        set_now = {word.removeprefix("data.").partition("=")[0].partition(".")[0] for word in values}
+        node = {key: value for key, value in node.items() if key in recorded or key in set_now}
     return {**node, "cache": None, "columns": {}}  # columns are no part of it
 
 
@@ -244,20 +211,3 @@ def _several(argv: Sequence[str], devices: int) -> int:
             process.terminate()
     failed = [code for code in codes if code]
     return max(failed) if failed and min(failed) > 0 else TEMPORARY if failed else 0
-
-
-@contextmanager
-def _disk(out: Path) -> Iterator[None]:
-    """What the file system refuses, in one line. Finished files stay, so the same command goes on."""
-    try:
-        yield
-    except OSError as error:
-        full = error.errno in (28, 122, 27)  # ENOSPC, EDQUOT, EFBIG
-        hint = "free space and run the same command again: finished files are kept" if full else "choose another OUT"
-        raise LdmError(
-            "DISK",
-            f"cannot write: {error.strerror}",
-            where=str(error.filename or out),
-            next=hint,
-            exit_code=TEMPORARY if full else REFUSED,
-        ) from error

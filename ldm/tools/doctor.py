@@ -21,10 +21,12 @@ from typing import Any
 
 from packaging.requirements import Requirement
 
-from ldm.build import build
+from ldm.checkpoints.run import find_run
 from ldm.cli import recognise
-from ldm.config import CONFIGS, compose
+from ldm.config import CONFIGS, compose, trusted_targets
+from ldm.data.splits import check_data, problems_of
 from ldm.errors import REFUSED, LdmError
+from ldm.validate import validate
 
 Finding = tuple[str, str, str]
 """(ok | warn | FAIL, subject, words)"""
@@ -42,10 +44,32 @@ print(json.dumps({
     "threads": torch.get_num_threads(),
 }))
 """
+_PARTS = """
+import json, sys
+from ldm.cli import handled
+
+def action():
+    from ldm.training.assemble import build_objective, check_model, check_sampler
+    cfg, trusted = json.load(sys.stdin)
+    if "diffusion" in cfg["stages"]:
+        build_objective(cfg, trusted)
+        check_sampler(cfg, trusted)
+    check_model(cfg, trusted)
+
+sys.exit(handled(action))
+"""
+_USAGE = """usage: python -m ldm doctor [group=OPTION ...] [key=value ...]
+
+One line for everything that a run depends on: packages, devices, and the configuration and data that train.py would
+have with the same words. ok, warn or FAIL; exit code 2 if one of them is FAIL. Nothing is trained.
+python train.py --help lists groups and keys."""
 
 
 def main(argv: Sequence[str]) -> int:
     """Print the findings; exit code 2 if one of them is FAIL."""
+    if {"-h", "--help"} & set(argv):
+        print(_USAGE)
+        return 0
     failed = False
     for mark, subject, words in chain(_system(), _packages(), _devices(), _configuration(argv), _logging()):
         failed |= mark == "FAIL"
@@ -115,31 +139,42 @@ def _devices() -> Iterator[Finding]:
 
 
 def _configuration(argv: Sequence[str]) -> Iterator[Finding]:
+    """What train.py checks before it trains. What needs torch is checked in a process of its own."""
     try:
         cfg = compose("train", argv)
+        validate(cfg)
     except LdmError as error:
         yield from (("FAIL", "configuration", line) for line in error.line().splitlines())
         return
-    yield "ok", "configuration", f"composes; run folder {cfg.get('output_dir')}/{cfg.get('name')}"
-    yield _dataset(cfg.get("data") or {})
+    given = json.dumps([cfg, trusted_targets(argv)])
+    parts = subprocess.run([sys.executable, "-c", _PARTS], input=given, capture_output=True, text=True)
+    if parts.returncode:
+        lines = [line for line in parts.stderr.splitlines() if line.startswith("error[")]
+        last = parts.stderr.strip().splitlines()[-1:] or [f"exit code {parts.returncode}"]
+        yield from (("FAIL", "configuration", line) for line in lines or last)
+    else:
+        yield "ok", "configuration", f"composes and fits together; run folder {cfg['output_dir']}/{cfg['name']}"
+    try:
+        if cfg["init_from"]:
+            yield "ok", "init_from", str(find_run(cfg["init_from"], where="init_from"))
+    except LdmError as error:
+        yield "FAIL", "init_from", error.line()
+    yield _dataset(cfg["data"])
 
 
 def _dataset(node: Mapping[str, Any]) -> Finding:
     path = node.get("path")
-    if path is None:
-        return "warn", "data", "data.path is not set"
-    if "toy_logos" in str(path) and not Path(path).exists():
+    if "toy_logos" in str(path) and not Path(str(path)).exists():
         return "warn", "data", f"{path} does not exist yet; run python data/toy_logos/make.py"
-    from ldm.data.shards import open_dataset
-
     try:
-        remote = build(node.get("remote"), where="data.remote")
-        given = {k: node[k] for k in ("caption", "on_missing_caption", "repeats") if k in node}
-        dataset = open_dataset(path, **given, remote=remote)
+        opened = check_data(node)
     except LdmError as error:
         return "FAIL", "data", error.line()
-    problems = ", ".join(f"{count} {kind}" for kind, count in dataset.problems.items())
-    words = f"{dataset.num_samples} samples in {len(dataset.shards)} shards at {path}"
+    if not opened:
+        return "warn", "data", f"of your own, not looked at: {node.get('_target_')}"
+    train, held_out = opened[0], sum(dataset.num_samples for dataset in opened[1:])
+    problems = ", ".join(f"{count} {kind}" for kind, count in problems_of(opened).items())
+    words = f"{train.num_samples} samples to train on, {held_out} held out, in {len(train.shards)} shards at {path}"
     return "warn" if problems else "ok", "data", words + (f"; left out: {problems}" if problems else "")
 
 

@@ -7,7 +7,6 @@ What a layout cannot express is refused by name before anything is written.
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -43,36 +42,24 @@ from ldm.tools.interchange import (
     CONDITIONER,
     HF_TEXT,
     NETWORK,
+    PARTS,
     TEXT,
     UNET,
-    parse,
+    export_options,
     refuse_existing,
     whole,
     with_defaults,
 )
 
-PARTS = ("unet", "vae", "text")
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
 Tensors = dict[str, Tensor]
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser("python -m ldm export", description=__doc__, allow_abbrev=False)
-    parser.add_argument("run", type=Path, metavar="RUN")
-    parser.add_argument("out", type=Path, metavar="OUT")
-    parser.add_argument("--format", choices=("diffusers", "compvis"), required=True)
-    parser.add_argument("--parts", default=",".join(PARTS), help="which of unet,vae,text")
-    parser.add_argument("--weights", choices=("ema", "raw"), default="ema", help="of the denoiser")
-    parser.add_argument("--dtype", choices=tuple(DTYPES), default=None, help="default: as the run holds them")
-    options = parse(parser, argv)
-    parts = tuple(options.parts.split(","))
-    if not set(parts) <= set(PARTS):
-        raise LdmError("CONFIG", f"--parts {options.parts}", limit="one or more of unet,vae,text, with commas")
+    options = export_options(argv)
     began = time.monotonic()
-    model = read_run(options.run, options.weights, parts)
+    model = read_run(options.run, options.weights, options.parts)
     if options.dtype is not None:
-        model = model.cast(DTYPES[options.dtype])
+        model = model.cast(getattr(torch, options.dtype))
     written = {"diffusers": write_diffusers, "compvis": write_compvis}[options.format](model, options.out)
     print(f"{', '.join(map(str, written))} in {time.monotonic() - began:.1f} s")
     if model.text is not None:

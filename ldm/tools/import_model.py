@@ -6,7 +6,6 @@ and shapes are compared before anything is written, and a folder appears whole o
 
 from __future__ import annotations
 
-import argparse
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -33,7 +32,7 @@ from ldm.tools.interchange import (
     NETWORK,
     TEXT,
     UNET,
-    parse,
+    import_options,
     refuse_existing,
     whole,
     with_defaults,
@@ -44,11 +43,7 @@ SIZE = "ldm.models.conditioner.size.Size"
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser("python -m ldm import", description=__doc__, allow_abbrev=False)
-    parser.add_argument("path", type=Path, metavar="PATH")
-    parser.add_argument("out", type=Path, metavar="OUT")
-    parser.add_argument("--prediction", choices=sorted(PREDICTIONS), help="for a file that does not say")
-    options = parse(parser, argv)
+    options = import_options(argv)
     import_model(options.path, options.out, options.prediction)
     return 0
 

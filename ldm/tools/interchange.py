@@ -1,4 +1,6 @@
-"""What import and export share: the classes that both layouts know, and files that appear whole or not at all."""
+"""What import and export share: their options, the classes that both layouts know, and files that appear whole or not
+at all. Never imports torch: help and wrong options do not wait for it.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +20,39 @@ TEXT = "ldm.models.conditioner.open_clip.OpenClipText"
 HF_TEXT = "ldm.models.conditioner.hf_clip.HFClipText"
 NETWORK, CONDITIONER = "denoiser.network.", "conditioner."
 """Where a checkpoint of the diffusion stage keeps them."""
+
+PARTS = ("unet", "vae", "text")
+PREDICTIONS = ("epsilon", "v", "x0")
+DTYPES = ("float32", "float16", "bfloat16")
+_IMPORT = """Stable Diffusion in a folder or a file becomes a run of ours. PATH: a folder of diffusers, or a single file
+of CompVis' layout. OUT: the run folder, which must not exist."""
+_EXPORT = """A run of ours in the layouts of Stable Diffusion. diffusers: OUT is a folder for
+DiffusionPipeline.from_pretrained. compvis: OUT is one .safetensors file, and OUT without its suffix and with -config a
+folder of settings that from_single_file(..., config=...) needs offline."""
+
+
+def import_options(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("python -m ldm import", description=_IMPORT, allow_abbrev=False)
+    parser.add_argument("path", type=Path, metavar="PATH")
+    parser.add_argument("out", type=Path, metavar="OUT")
+    parser.add_argument("--prediction", choices=PREDICTIONS, help="for a file that does not say")
+    return parse(parser, argv)
+
+
+def export_options(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("python -m ldm export", description=_EXPORT, allow_abbrev=False)
+    parser.add_argument("run", type=Path, metavar="RUN")
+    parser.add_argument("out", type=Path, metavar="OUT")
+    parser.add_argument("--format", choices=("diffusers", "compvis"), required=True)
+    parser.add_argument("--parts", default=",".join(PARTS), help="which of unet,vae,text")
+    parser.add_argument("--weights", choices=("ema", "raw"), default="ema", help="of the denoiser")
+    parser.add_argument("--dtype", choices=DTYPES, default=None, help="default: as the run holds them")
+    options = parse(parser, argv)
+    options.parts = tuple(options.parts.split(","))
+    if not set(options.parts) <= set(PARTS):
+        what = f"--parts {','.join(options.parts)}"
+        raise LdmError("CONFIG", what, limit="one or more of unet,vae,text, with commas")
+    return options
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:

@@ -7,7 +7,6 @@ of the same command goes on with what is not there yet. The same input and optio
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import hashlib
 import io
@@ -32,7 +31,8 @@ from ldm.checkpoints import files
 from ldm.data.captions import fields_of
 from ldm.data.decode import BadSample, decode_image, open_image, upright_size
 from ldm.data.duplicates import DISTANCE, MAX_DISTANCE, are_near, equal_groups, members_of
-from ldm.errors import TEMPORARY, LdmError
+from ldm.errors import LdmError
+from ldm.tools.disk import refusals
 from ldm.tools.pool import each, num_cores, progress
 from ldm.tools.samples import (
     FACTS,
@@ -130,7 +130,7 @@ def prepare(path: str, out: Path, options: Options) -> dict[str, Any]:
     source = open_source(path, **{f.name: getattr(options, f.name) for f in fields(options) if f.name in _OPENING})
     wanted = {"version": _VERSION, "source": source.identity, **options.result()}
     plan_id = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()[:32]
-    with _disk(out):
+    with refusals(out, "shards"):
         done = _finished(out, plan_id)
         if done is not None:
             print(f"{out} holds this already: {_sentence(done)}")
@@ -201,24 +201,6 @@ def _refuse_overlap(source: Path, out: Path) -> None:
         raise LdmError(
             "CONFIG", "OUT and FOLDER lie in one another", where=str(out), next="choose an OUT beside FOLDER"
         )
-
-
-@contextmanager
-def _disk(out: Path) -> Iterator[None]:
-    """What the file system refuses, in one line. Finished shards stay, so the same command goes on."""
-    try:
-        yield
-    except OSError as error:
-        place, exit_code = Path(os.fsdecode(error.filename or out)), 2
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            what, exit_code = "cannot write", TEMPORARY
-            hint = "free space and run the same command again: finished shards are kept"
-        elif place.is_relative_to(out) or out.is_relative_to(place):
-            what, hint = "OUT cannot be used", "choose another OUT"
-        else:
-            what, hint = "cannot read", "look at its rights and its disk"
-        what = f"{what}: {error.strerror}"
-        raise LdmError("DISK", what, where=str(place), next=hint, exit_code=exit_code) from error
 
 
 def _finished(out: Path, plan_id: str) -> dict[str, Any] | None:
@@ -496,7 +478,7 @@ def write_shard(state: tuple[Source, Path, Path, Encoder], job: Job) -> dict[str
     temporary.unlink(missing_ok=True)
     try:
         with files.new_file(temporary) as file:
-            with tarfile.open(fileobj=file, mode="w|", format=tarfile.USTAR_FORMAT) as tar:  # type: ignore[call-overload]
+            with tarfile.open(fileobj=file, mode="w|", format=tarfile.PAX_FORMAT) as tar:  # type: ignore[call-overload]
                 for key, number in enumerate(job.numbers, job.first):
                     for name, data in _members(source, number, f"{key:09d}", encode):
                         info = tarfile.TarInfo(name)  # time, owner and group 0: equal input, equal bytes

@@ -10,7 +10,16 @@ import pytest
 import yaml
 
 from ldm.checkpoints.files import append_jsonl, truncate_jsonl
-from ldm.checkpoints.run import StagePaths, find_run, open_run, point_latest, redact, write_config, write_error
+from ldm.checkpoints.run import (
+    StagePaths,
+    find_run,
+    open_run,
+    open_stage,
+    point_latest,
+    redact,
+    write_config,
+    write_error,
+)
 from ldm.errors import LdmError
 
 HOLDER = """
@@ -173,6 +182,20 @@ def test_find_run(tmp_path):
     assert find_run(runs / "cats/run.json", runs).is_file()
     with pytest.raises(LdmError, match="no such run; run=cat; did you mean 'cats'"):
         find_run("cat", runs)
+    with pytest.raises(LdmError, match=f"no such run; run={runs}/cat; did you mean 'cats'"):
+        find_run(runs / "cat", tmp_path / "elsewhere")
+    with pytest.raises(LdmError, match="no such run; init_from=zebra; known: cats, dogs"):
+        find_run("zebra", runs, where="init_from")
+    with pytest.raises(LdmError, match=f"holds runs and is none; .*choose one: run={runs}/cats, run={runs}/dogs"):
+        find_run(runs)
+
+
+def test_a_folder_that_is_no_run_is_not_to_be_trained(tmp_path):
+    with pytest.raises(LdmError, match=r"no run with a stage 'diffusion'; .*name a run's folder"):
+        open_stage(find_run(tmp_path), "diffusion")
+    open_run(tmp_path, "cats").close()
+    with pytest.raises(LdmError, match=r"has no checkpoint; .*train\.py name=cats stages=\[diffusion\]"):
+        open_stage(find_run(tmp_path / "cats"), "diffusion")
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"run": "gone"}', '{"run": "../a"}', '{"run": 3}'])

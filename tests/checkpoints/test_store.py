@@ -280,7 +280,8 @@ def test_order_of_the_commit(ckpt, monkeypatch):
     record("replace", os.path.basename)
     ckpt.keep_last = 2
     save(ckpt, 3)
-    temp, final, hint = f".tmp-step-000000003-{os.getpid()}", "step-000000003", f".tmp-LATEST-{os.getpid()}"
+    ours, final = f"@{os.uname().nodename}-{os.getpid()}", "step-000000003"
+    temp, hint = f".tmp-step-000000003{ours}", f".tmp-LATEST{ours}"
     *written, last_file = [e[1] for e in events[: len(FILES)]]
     assert sorted([*written, last_file]) == FILES and last_file == manifest.FILE
     assert events[len(FILES) :] == [
@@ -290,7 +291,7 @@ def test_order_of_the_commit(ckpt, monkeypatch):
         ("fsync", hint),
         ("replace", hint, "LATEST"),
         ("fsync", "ckpt"),
-        ("rename", "step-000000001", f".tmp-step-000000001-{os.getpid()}"),
+        ("rename", "step-000000001", f".tmp-step-000000001{ours}"),
     ]
 
 

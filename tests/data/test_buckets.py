@@ -96,6 +96,27 @@ def test_settings_that_leave_nothing_are_refused(settings, words):
     assert read_settings(None, 64) is None and read_settings({"enable_bucket": False}, 64) is None
 
 
+@pytest.mark.parametrize(
+    "size, settings, where, hint",
+    [
+        (512, {"min_bucket_reso": 500}, "min_bucket_reso", {"min_bucket_reso": 256}),
+        (512, {"bucket_reso_steps": 400}, "bucket_reso_steps", {"bucket_reso_steps": 64}),
+        (
+            512,
+            {"min_bucket_reso": 500, "bucket_reso_steps": 100},
+            "bucket_reso_steps",
+            {"bucket_reso_steps": 64, "min_bucket_reso": 256},
+        ),
+    ],
+)
+def test_the_advice_names_the_setting_that_is_the_cause_and_helps(size, settings, where, hint):
+    with pytest.raises(LdmError) as refused:
+        Buckets(size, **settings)
+    assert refused.value.where == f"data.bucket.{where}"
+    assert refused.value.next == "set " + " and ".join(f"data.bucket.{name}={value}" for name, value in hint.items())
+    assert len(Buckets(size, **{**settings, **hint}).table) > 1
+
+
 # ---- the order
 
 BATCH = 12
@@ -212,6 +233,49 @@ def test_repeats_count_in_the_shares():
     assert had == {0: 75, 1: 25}
 
 
+def short_lanes_that_differ(order):
+    """Buckets whose lanes are short and of different lengths: their pictures are used differently often."""
+    lengths = [part.lane_lengths for _, _, part in order._parts]
+    return [n.tolist() for n in lengths if n.min() < n.max() < 1024]
+
+
+def test_lanes_of_a_bucket_are_even_whatever_its_repeats():
+    """Every set's share of an epoch is rounded by itself, not their sum."""
+    rng = np.random.default_rng(0)
+    for _ in range(30):
+        counts = rng.integers(1, 40, 3)
+        uses = np.repeat([1.0, *rng.uniform(0.3, 4, 2)], counts)
+        assigned = Assignment(np.array([(8, 64), (16, 56)]), np.repeat([0, 1], [counts.sum(), 64]))
+        order = bucket_order(assigned, uses=np.concatenate([uses, np.ones(64)]), batch_size=8, lanes=8)
+        assert short_lanes_that_differ(order) == []
+    assert short_lanes_that_differ(bucket_order(assignment((13,)), batch_size=8, lanes=8)) == []
+    uneven = SimpleNamespace(_parts=[(0, None, Order([13], [1] * 13, seed=0, batch_size=8, lanes=8))])
+    assert short_lanes_that_differ(uneven) != []  # the control
+
+
+def test_a_bucket_of_two_small_shares_is_no_reason_to_refuse_lanes():
+    """10 x 0.349 and 10 x 0.449 are 3 + 4 samples, though the sum is 7.98."""
+    assigned = Assignment(np.array([(8, 64), (16, 56)]), np.repeat([0, 1], [20, 64]))
+    uses = np.repeat([0.349, 0.449, 1.0], [10, 10, 64])
+    order = bucket_order(assigned, uses=uses, batch_size=8, lanes=8)
+    assert [part.num_samples for _, _, part in order._parts] == [7, 64] and order._parts[0][2].lanes == 1
+
+
+def test_drop_counts_the_samples_that_shares_leave():
+    """14 + 4 x 0.5 + 4 x 0.25 are 17, a batch of 16 and one more."""
+    assigned = Assignment(np.array([(8, 64), (16, 56)]), np.repeat([0, 1], [22, 64]))
+    images = assigned.sizes[assigned.of]
+    uses = np.repeat([1.0, 0.5, 0.25, 1.0], [14, 4, 4, 64])
+    order = bucket_order(assigned, uses=uses, batch_size=16, remainder="drop")
+    assert [(bucket, part.num_samples) for bucket, _, part in order._parts] == [(0, 17), (1, 64)]
+    assert "rarer" not in in_words(report(assigned, images), order, "center")
+    short = np.repeat([0.649, 0.549, 0.749, 1.0], [14, 4, 4, 64])  # 9 + 2 + 3
+    order = bucket_order(assigned, uses=short, batch_size=16, remainder="drop")
+    line = in_words(report(assigned, images), order, "center")
+    assert [bucket for bucket, _, _ in order._parts] == [1]
+    assert line.endswith("; rarer than a batch of 16 and never used with data.remainder=drop: 8x64 (22)")
+
+
 def test_drop_leaves_the_rest_of_an_epoch():
     order = bucket_order(assignment((30, 13, 3)), remainder="drop", lanes=1)
     assert order.steps_per_epoch == 3 and {order._find(s)[0] for s in range(30)} == {0, 1}
@@ -231,13 +295,26 @@ def test_a_replacement_is_another_picture_of_the_bucket_then_of_its_neighbours()
         own = int((of == bucket).sum()) - 1
         assert {of[i] for i in tried[:own]} <= {bucket} and bad not in tried[:own]
         assert len(tried[own:]) == 59 - own and bucket not in {int(of[i]) for i in tried[own:]}
-        if own:
-            assert len(set(tried[:own])) == own or order._parts[bucket][2].lanes > 1
+        assert len(set(tried)) == 59  # every other picture once, though lanes are short
         nearest = {0: 1, 1: {0, 2}, 2: {1, 3}, 3: 2}[bucket]  # of all sizes these are the most alike
         first = int(of[tried[own]])
         assert first == nearest or (isinstance(nearest, set) and first in nearest)
-        alone = order.without_borrowing()
+        alone = order.of_encoded(np.ones(len(order.assigned.of), dtype=bool))
         assert {int(of[alone.reserve(step * BATCH + 4, attempt)]) for attempt in range(70)} == {bucket}
+
+
+@pytest.mark.parametrize("each", [10.0, 2.5, 0.3])
+def test_every_picture_of_the_bucket_is_tried_before_a_neighbour_whatever_the_repeats(each):
+    """No attempt is spent on a copy of a picture, nor does one that is not in the epoch's share stay out."""
+    assigned = assignment((16, 44))
+    uses = np.where(assigned.of == 0, each, 1.0)
+    mine = set(np.flatnonzero(assigned.of == 0).tolist())
+    for lanes in (1, 4):
+        order = bucket_order(assigned, uses=uses, lanes=lanes)
+        for step in [step for step in range(60) if order._find(step)[0] == 0][:4]:
+            for place in range(BATCH):
+                tried = [order.reserve(step * BATCH + place, attempt) for attempt in range(15)]
+                assert sorted(tried) == sorted(mine - {int(order.ids(step)[place])})
 
 
 def test_a_single_picture_is_its_own_replacement():
@@ -269,10 +346,11 @@ def test_the_report_counts_what_is_cut_away():
     found = report(assigned, images)
     assert found["square_cuts_away"] == pytest.approx(1.25 / 3) and found["cut_away"] < 0.05
     assert [row["pictures"] for row in found["buckets"]] == [1, 1, 1]
-    line = in_words(found, bucket_order(assigned, shards=(1, 1)), np.ones(3), "center")
+    line = in_words(found, bucket_order(assigned, shards=(1, 1)), "center")
     assert line.startswith("3 buckets (") and "to a square it would be 41.7 %" in line
     assert "3 of them, with 3 pictures, are rarer than a batch of 12 and wait up to 12 epochs for one" in line
-    line = in_words(found, bucket_order(assignment((24,))), np.ones(24), "pad")
+    assigned = assignment((24,))
+    line = in_words(report(assigned, assigned.sizes[assigned.of]), bucket_order(assigned), "pad")
     assert "padding is" in line and "rarer" not in line
 
 
@@ -500,3 +578,61 @@ def test_with_moments_a_replacement_has_the_same_size(tmp_path):
         replaced += sum(int(key[1:]) != i for key, i in zip(batch.keys, data._run["order"].ids(step), strict=True))
         assert all(int(key[1:]) % 9 for key in batch.keys)
     assert replaced > 0
+
+
+def test_a_bucket_of_which_nothing_could_be_encoded_gives_its_steps_to_its_neighbour(tmp_path):
+    """As from pixels, but at the neighbour's size: the same keys at all steps of other buckets."""
+    bad = {4, 12, 20, 28, 7, 15, 23, 31}  # all of two kinds
+    path = shards(tmp_path, [36], bad=bad)
+    data = module(path, crop="center", flip_prob=0.0, max_bad_fraction=1.0)
+    assigned = data.assigned("train")
+    of, dead = assigned.of, {int(assigned.of[7]), int(assigned.of[4])}
+    assert set(np.flatnonzero(np.isin(of, list(dead))).tolist()) == bad
+    pixels = list(islice(data.train_dataloader(), 60))
+    tables = [torch.full((int((of == k).sum()), 2, *size[::-1]), float(k)) for k, size in enumerate(assigned.sizes)]
+    rows = np.array([int((of[:i] == k).sum()) for i, k in enumerate(of)])
+    usable = np.isin(np.arange(36), list(bad), invert=True)
+    data = module(path, crop="center", flip_prob=0.0, max_bad_fraction=1.0)
+    data.use_moments(MomentTables(tables, np.stack([of, rows], axis=1), usable))
+    elsewhere = 0
+    for step, (a, b) in enumerate(zip(pixels, data.train_dataloader(), strict=False)):
+        bucket = int(of[data._run["order"].ids(step)[0]])
+        assert b.valid.all() and len({float(value) for value in b.moments.flatten()}) == 1
+        assert {int(of[int(key[1:])]) for key in b.keys} == {int(b.moments[0, 0, 0, 0])}
+        if bucket in dead:
+            elsewhere += 1
+            assert int(b.moments[0, 0, 0, 0]) not in dead
+        else:
+            assert a.keys == b.keys and b.moments.shape[2:] == a.images.shape[2:]
+    assert dict(data.ledger.counts) == {"decode": 12 * elsewhere} != {}
+
+
+def test_the_one_good_picture_of_a_neighbour_stands_in():
+    order = bucket_order(assignment((3, 4, 5)))
+    usable = np.zeros(12, dtype=bool)
+    usable[5] = True
+    encoded = order.of_encoded(usable)
+    for step in range(40):
+        for place in range(BATCH):
+            tried = {encoded.reserve(step * BATCH + place, attempt) for attempt in range(12)}
+            assert 5 in tried | {int(order.ids(step)[place])}
+        assert encoded.size(step) == order.assigned.size(order.assigned.of[5])
+    assert order.of_encoded(np.zeros(12, dtype=bool)).size(0) == order.size(0)  # nothing stands in for nothing
+
+
+def test_a_slot_that_stays_empty_does_not_change_the_size_of_its_batch(tmp_path):
+    """With few attempts a slot of a dead bucket may find nothing; the others come from a bucket of another size."""
+    bad = {4, 12, 20, 28, 1, 5, 9, 13}
+    path = shards(tmp_path, [36], bad=bad)
+    data = module(path, crop="center", flip_prob=0.0, max_bad_fraction=1.0, max_consecutive_bad=1)
+    of = data.assigned("train").of
+    sizes = data.assigned("train").sizes
+    tables = [torch.full((int((of == k).sum()), 2, *size[::-1]), float(k)) for k, size in enumerate(sizes)]
+    rows = np.array([int((of[:i] == k).sum()) for i, k in enumerate(of)])
+    usable = np.isin(np.arange(36), list(bad), invert=True)
+    data.use_moments(MomentTables(tables, np.stack([of, rows], axis=1), usable))
+    data.ledger = None  # which would stop it
+    mixed = [batch for batch in islice(data.train_dataloader(), 40) if 0 < batch.valid.sum() < 12]
+    assert any(int(of[int(key[1:])]) == int(of[4]) for batch in mixed for key in batch.keys)
+    for batch in mixed:
+        assert len({float(value) for value in batch.moments.flatten()}) == 1

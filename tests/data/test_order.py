@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from ldm.data.order import Order, check_cut, cut, lanes_default, permutation
+from ldm.data.order import Order, check_cut, cut, lanes_default, permutation, samples_per_epoch
 from ldm.errors import LdmError
 
 SHARDS = {1: [23], 2: [10, 13], 3: [5, 0, 18], 5: [1, 2, 3, 4, 13], 7: [4, 4, 4, 4, 4, 2, 1]}
@@ -124,6 +124,16 @@ def test_reserves_stay_in_the_lane():
         assert sorted(beyond) == sorted(set(range(23)) - {own})
 
 
+@pytest.mark.parametrize("lanes", [1, 2, 4, 8])
+@pytest.mark.parametrize("remainder", ["carry", "drop"])
+def test_every_other_sample_is_offered_once_before_one_is_offered_again(lanes, remainder):
+    o = order(SHARDS[7], batch_size=8, lanes=lanes, remainder=remainder)
+    for slot in range(48):
+        others = sorted(set(range(23)) - {int(o.ids(slot // 8)[slot % 8])})
+        drawn = [o.reserve(slot, attempt) for attempt in range(44)]
+        assert sorted(drawn[:22]) == others and drawn[22:] == drawn[:22]
+
+
 def test_a_lane_of_one_sample_is_replaced_from_the_others():
     """The first attempt must not be the bad sample itself, a thousand times."""
     o = order([3], batch_size=3, lanes=3)
@@ -235,6 +245,15 @@ def test_a_share_of_the_samples_takes_turns(lengths, lanes):
         total = np.cumsum(used[:, first:last], axis=0)
         assert (total.max(1) - total.min(1) <= 1).all()
     assert used[:, 10:15].sum() == 40 * 2 and len(set(map(tuple, used[:, 10:15].tolist()))) > 1
+
+
+def test_samples_per_epoch_are_those_of_the_order():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        counts = rng.integers(1, 12, 4)
+        repeats = rng.permutation(np.repeat([2.0, *rng.uniform(0.01, 3, 3)], counts))
+        assert samples_per_epoch(repeats) == order([len(repeats)], lanes=1, repeats=repeats).num_samples
+    assert samples_per_epoch(np.repeat([0.349, 0.449], 10)) == 7 != round(7.98)
 
 
 def test_turns_count_the_uses_of_samples_that_take_turns():

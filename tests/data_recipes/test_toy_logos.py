@@ -192,6 +192,15 @@ def test_a_folder_of_somebody_else_is_refused(tmp_path):
     assert (tmp_path / "train-000000.tar").read_bytes() == b"precious"
 
 
+@pytest.mark.parametrize("out", ["/proc/x", "/dev/null"])
+def test_a_place_that_cannot_be_written_is_one_line(out, capsys):
+    with pytest.raises(SystemExit) as left:
+        make.main(["--out", out])
+    assert left.value.code == 2
+    line = capsys.readouterr().err
+    assert line.startswith("error[DISK]: cannot write: ") and len(line.splitlines()) == 1 and "--out" in line
+
+
 def test_as_a_script(tmp_path):
     command = [sys.executable, make.__file__, "--out", str(tmp_path / "set"), "--num-samples", "20", "--num-val", "4"]
     done = subprocess.run([*command, "--size", "32"], capture_output=True, text=True, cwd=tmp_path)

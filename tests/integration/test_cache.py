@@ -116,7 +116,7 @@ _OF_THE_SMALL_TRANSFORMER = [f"model.conditioner.{key}" for key in ("depth", "nu
         (["out", "text=true"], "trained along"),
         (["out", "run=nowhere"], "there is no such run"),
         (["out", "piece_mb=0"], "at least 0.001"),
-        (["/proc/nothing"], "cannot write"),
+        (["/proc/nothing"], "OUT cannot be used"),
     ],
 )
 def test_mistakes_are_one_line(finished, tmp_path, monkeypatch, words, text):

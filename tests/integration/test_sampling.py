@@ -1,6 +1,9 @@
 """Sampling: what the same seed promises, image to image, and bad input by the real command."""
 
+import hashlib
 import runpy
+import shutil
+import subprocess
 import sys
 from dataclasses import replace
 
@@ -98,6 +101,8 @@ def test_grid_shows_every_picture_and_nothing_of_a_caption_is_obeyed(tmp_path):
         (["prompt=x", "sampler.spacing=leading"], "'leading' belongs to discrete schedules"),
         (["prompt=x", "sampler.spacing=karras", "sampler.sigma_min=9", "sampler.sigma_max=2"], "sigma_min"),
         (["prompt=x", "image=/nowhere.png"], "/nowhere.png"),
+        (["prompt=x", "output_dir=/proc/foo"], "output_dir=/proc/foo"),
+        (["prompt=x", "experiment=demo"], "unknown key 'experiment'; sample.py; it belongs to train.py"),
         (["prompts_file=/nowhere.txt"], "nowhere.txt"),
         (["prompt=x", "run=/nowhere"], "nowhere"),
         (["prompt=x", "device=cuda:99"], "cuda:99"),
@@ -113,6 +118,85 @@ def test_bad_input_is_one_line(finished, tmp_path, words, text, monkeypatch, cap
     assert code == 2 and text in output and "Traceback" not in output, output
     assert output.count("error[") == 1, output
     assert not list(tmp_path.glob("*.png"))
+
+
+def drawn(monkeypatch, run, folder, *words):
+    """The recipes of the pictures that the real command draws, in this process, by name."""
+    monkeypatch.setattr(sys, "argv", ["sample.py", f"run={run}", f"output_dir={folder}", "sampler.steps=3", *words])
+    with pytest.raises(SystemExit) as left:
+        runpy.run_path(str(ROOT / "sample.py"), run_name="__main__")
+    assert left.value.code == 0
+    return {p.stem: read_recipe(p) for p in sorted(folder.glob("*.png"))}
+
+
+def test_the_recipe_of_image_to_image_says_how_to_repeat_it(finished, tmp_path, monkeypatch):
+    start = tmp_path / "start.png"
+    Image.new("RGB", (20, 30), (200, 30, 30)).save(start)
+    words = ["prompt=a ring", f"image={start}", "strength=0.4", "seed=5", "count=1"]
+    (recipe,) = drawn(monkeypatch, finished, tmp_path / "a", *words).values()
+    assert recipe["image"] == {"file": "start.png", "sha256": hashlib.sha256(start.read_bytes()).hexdigest()}
+    assert recipe["strength"] == 0.4
+    model = LatentDiffusion.load(finished)
+    assert recipe["model"]["run"] == "tiny" and recipe["model"]["step"] == 12 and recipe["model"]["weights"] == "ema"
+    assert recipe["model"]["latent_id"] == model.autoencoder.latent_id()
+    manifest = (finished / "diffusion/ckpt/step-000000012/manifest.json").read_text()
+    assert recipe["model"]["checkpoint"] in manifest
+    assert str(tmp_path) not in str(recipe) and str(finished.parent) not in str(recipe)
+
+    again = [f"{key}={recipe[key]}" for key in ("prompt", "strength", "seed", "height", "width")]
+    drawn(monkeypatch, finished, tmp_path / "b", *again, f"image={start}", "count=1")
+    first, second = (np.asarray(Image.open(next((tmp_path / f).glob("*.png")))) for f in "ab")
+    assert (first == second).all()
+    assert drawn(monkeypatch, finished, tmp_path / "c", "prompt=x", "count=1")["000000012-0"]["image"] is None
+
+
+def test_every_picture_has_a_strip_and_sixteen_at_most(finished, tmp_path, monkeypatch):
+    words = ["prompt=a ring", "trajectory=true", "batch_size=7"]
+    recipes = drawn(monkeypatch, finished, tmp_path / "a", *words, "count=3")
+    strips = {name: recipe["seed"] for name, recipe in recipes.items() if name.endswith("-trajectory")}
+    assert strips == {f"000000012-{seed}-trajectory": seed for seed in range(3)}
+    last = Image.open(tmp_path / "a/000000012-1-trajectory.png")
+    assert last.width == 3 * (128 + 12) + 12  # its three steps
+    recipes = drawn(monkeypatch, finished, tmp_path / "b", *words, "count=17")
+    assert len([name for name in recipes if name.endswith("-trajectory")]) == 16 and len(recipes) == 17 + 16 + 1
+
+
+def test_a_damaged_checkpoint_is_refused_with_advice_that_this_command_can_follow(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "tiny")
+    broken = tmp_path / "tiny" / "diffusion" / "ckpt" / "step-000000012" / "ema.safetensors"
+    broken.write_bytes(broken.read_bytes()[:-1] + b"x")
+    with pytest.raises(LdmError) as refused:
+        LatentDiffusion.load(tmp_path / "tiny")
+    line = refused.value.line()
+    assert "ema.safetensors" in line and "newest valid is 8" in line
+    assert "the training command of this run with resume.fallback=true" in line and "rerun" not in line
+
+
+MISTAKES = """
+import contextlib, runpy, sys
+words = {words!r}
+for given in words:
+    sys.argv = ["sample.py", "run={run}", *given]
+    try:
+        runpy.run_path("sample.py", run_name="__main__")
+    except SystemExit as left:
+        print(left.code, sorted({{"torch", "pytorch_lightning"}} & set(sys.modules)))
+"""
+
+
+def test_files_and_texts_are_looked_at_before_torch_is_imported(finished, tmp_path):
+    words = [
+        [],
+        ["prompts_file=/nowhere"],
+        ["prompt=x", "image=/nowhere.png"],
+        ["prompt=x", "output_dir=/proc/foo"],
+        ["prompt=x", "run=/nowhere"],
+        ["prompt=x", "strength=7"],
+    ]
+    program = MISTAKES.format(words=words, run=finished)
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.splitlines() == ["2 []"] * len(words), done.stderr
+    assert len(done.stderr.splitlines()) == len(words)
 
 
 def test_any_sampler_and_spacing_from_the_command_line(finished, tmp_path):
