@@ -71,6 +71,11 @@ class Captions:
         return tuple(dict.fromkeys(path for path in paths if path != FILENAME))
 
     @property
+    def names_file(self) -> bool:
+        """Whether the template has a place for the words of the file's name."""
+        return self.caption not in SOURCES and f"{{{FILENAME}}}" in self.caption
+
+    @property
     def members(self) -> tuple[str, ...]:
         """Which of a sample's members the text may come from: "txt", "json"."""
         if self.caption not in SOURCES:
@@ -93,8 +98,9 @@ class Captions:
         """The captions of a sample, of which it gets one; see `__call__`."""
         if self.caption not in SOURCES:
             tree = fields_of(data)
-            lacking = self.on_missing_caption == "empty" and not all(has_text(tree, path) for path in self.fields)
-            return [] if lacking else [self._filled(key, tree)]
+            lacking = not all(has_text(tree, path) for path in self.fields)
+            lacking |= self.names_file and not (words_of(key) or has_text(tree, FILENAME))
+            return [] if lacking and self.on_missing_caption == "empty" else [self._filled(key, tree)]
         if self.caption == "filename":
             return [words_of(key)]
         if txt is not None and "txt" in self.members:
@@ -108,7 +114,8 @@ class Captions:
 
         def value(match: re.Match[str]) -> str:
             path = match[1]
-            return words_of(key) if path == FILENAME and not has_text(tree, path) else _text_at(tree, path)
+            words = words_of(key) if path == FILENAME and not has_text(tree, path) else ""
+            return words or _text_at(tree, path)
 
         return _clean(re.sub(r"\{(.*?)\}", value, self.caption))
 

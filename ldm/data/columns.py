@@ -19,14 +19,15 @@ from ldm.errors import LdmError
 
 SIZE = "@size"
 Kind = Literal["field", "size", "picture", "mask", "array"]
-_MEMBER = re.compile(r"((?:\.[^./]+)*)\.(jpg|jpeg|png|webp|npy)", re.IGNORECASE)
+MAX_NAME = 200  # characters of what follows a sample's key in the name of a further member
+_MEMBER = re.compile(r"((?:\.[^./\\\x00-\x1f\x7f]+)*)\.(jpg|jpeg|png|webp|npy)", re.IGNORECASE)
 
 
 def checked(columns: Mapping[str, str]) -> dict[str, str]:
     """The declarations, suffixes of members as the index has them. Raises LdmError for one that means nothing."""
     found = {}
     for name, path in columns.items():
-        member = _MEMBER.fullmatch(path) if isinstance(path, str) and path.startswith(".") else None
+        member = _MEMBER.fullmatch(path) if isinstance(path, str) and is_member(path) else None
         known = path == SIZE or (isinstance(path, str) and all(path.split(".")) and not path.startswith("@"))
         if name == "caption" or not (known or member):
             raise LdmError(
@@ -39,6 +40,11 @@ def checked(columns: Mapping[str, str]) -> dict[str, str]:
         suffix = member[2].lower().replace("jpeg", "jpg") if member else ""
         found[name] = f"{member[1]}.{suffix}" if member else path
     return found
+
+
+def is_member(name: str) -> bool:
+    """Whether a further member can be called so: `.mask.png`. What cannot is never written into a shard."""
+    return len(name) <= MAX_NAME and _MEMBER.fullmatch(name) is not None
 
 
 def kind_of(name: str, path: str) -> Kind:

@@ -10,14 +10,15 @@ import hashlib
 import io
 import json
 import os
+import secrets
 import sys
-import tempfile
 import time
 import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +29,7 @@ from numpy.typing import NDArray
 
 from ldm.data import metadata, paths, tar
 from ldm.data.captions import captions_in, read_fields, words_of
+from ldm.data.columns import is_member
 from ldm.data.decode import MAX_BYTES, MAX_CAPTION, BadSample, decode_caption, read_array_header, read_header
 from ldm.data.packed import Strings
 from ldm.data.remote import Remote
@@ -38,7 +40,7 @@ FIELDS = ("image", "txt", "json")
 ARRAY = "npy"
 _SUFFIXES = {**{s: s for s in (*PICTURES, ARRAY)}, "jpeg": "jpg", "txt": "txt", "caption": "txt", "json": "json"}
 _KNOWN = "not a jpg, png, webp, txt, json or npy"
-_VERSION = 4
+_VERSION = 5
 SHOWN = 10  # examples kept per kind of problem
 MAX_FIELDS = 1000  # names of JSON fields that are counted
 RECORDS = 1 << 60  # an offset from here on counts bytes of `Index.records`
@@ -82,6 +84,8 @@ class Index:
     fields: how many samples have each name at the top of their JSON.   texts: by dotted path, [N] bool, whether a
         template can name it; of those that were asked for.
     damage: how a truncated tar ends.   unusable: why nothing was read.
+    unread: some could not be read just now. That may be mended without the shard's dates changing, so such an index is
+        not kept.
     """
 
     keys: Strings = field(default_factory=lambda: Strings.of(()))
@@ -103,8 +107,10 @@ class Index:
     examples: list[Problem] = field(default_factory=list)
     damage: str = ""
     unusable: str = ""
+    unread: bool = False
 
     def report(self, kind: str, shard: str, key: str, reason: str) -> None:
+        self.unread |= kind == "fetch"
         self.problems[kind] += 1
         if self.problems[kind] <= SHOWN:
             self.examples.append(Problem(kind, shard, key, reason))
@@ -146,7 +152,7 @@ def index_all(shards: list[Path], index_dir: Path | None, remote: Remote | None 
             index = _index_folder(shard) if shard.is_dir() else _index_tar(shard)
             index.signature = signature
             save(index, shard, index_dir)
-        if not index.unusable and not index.problems["fetch"]:  # what may be mended is looked at again
+        if not index.unusable and not index.unread:  # what may be mended is looked at again
             _held[known] = index
         return index
 
@@ -215,6 +221,7 @@ def _index_tar(shard: Path) -> Index:
                 file.seek(offset)
                 return file.read(count)
 
+            _gather_further(groups, index, shard.name, lambda group: _has_own_text(group, read))
             _describe_samples(index, groups, read, shard.name)
             file.seek(0)
             index.sha256 = hashlib.file_digest(file, "sha256").hexdigest()
@@ -262,7 +269,6 @@ def _group_tar(file: io.BufferedReader, size: int, index: Index, shard: str) -> 
         if group.late and key not in duplicated:
             index.report("interleaved", shard, key, "its members lie apart; pack with tar --sort=name")
             group.parts.update(group.late)
-    _gather_further(groups, index, shard)
     if not seen:
         index.report("empty_shard", shard, "", "a tar without members")
     return groups
@@ -295,11 +301,7 @@ def _index_folder(folder: Path) -> Index:
             index.report("duplicate_key", folder.name, key, f"{name}: the first file for this key is taken")
         else:
             group.parts[suffix] = (number, _stat(folder / name)[0])
-    _gather_named(groups, index.files, tables)
-    _gather_further(groups, index, folder.name)
-    for key in [k for k, g in groups.items() if not _picture(g)]:  # a lone text file is not a sample
-        index.report("unknown_suffix", folder.name, key, "no picture of this name")
-        del groups[key]
+
     contents = hashlib.sha256(json.dumps(tables, sort_keys=True).encode() if tables else b"")
 
     def read(number: int, size: int) -> bytes:
@@ -313,6 +315,15 @@ def _index_folder(folder: Path) -> Index:
         contents.update(f"{name}\0{len(data)}\0".encode("utf-8", "surrogateescape") + data)
         return data
 
+    def is_sample(group: _Group) -> bool:
+        has_row = any(index.files[part[0]] in tables for suffix, part in group.parts.items() if suffix in PICTURES)
+        return has_row or _has_own_text(group, read)
+
+    _gather_named(groups, index.files, tables, remark)
+    _gather_further(groups, index, folder.name, is_sample)
+    for key in [k for k, g in groups.items() if not _picture(g)]:  # a lone text file is not a sample
+        index.report("unknown_suffix", folder.name, key, "no picture of this name")
+        del groups[key]
     classes = classes_of(index)
     for key, group in groups.items():
         picture = group.parts[_picture(group) or ""][0]
@@ -391,14 +402,33 @@ def _owner(key: str, groups: dict[str, _Group]) -> str | None:
     return None
 
 
-def _gather_further(groups: dict[str, _Group], index: Index, shard: str) -> None:
-    """Give pictures and arrays without a caption of their own to the sample that they belong to."""
+def _has_own_text(group: _Group, read: Callable[[int, int], bytes]) -> bool:
+    """Whether members have a caption of their own, which makes them a sample and no further members of another.
+
+    A .json that cannot be read just now refuses the group: nobody knows what it is.
+    """
+    if "txt" in group.parts or (group.refused and not group.parts):
+        return True
+    number, size = group.parts.get("json", (-1, 0))
+    if number < 0 or size > MAX_BYTES or not _picture(group):
+        return False
+    try:
+        return bool(captions_in(read_fields(read(number, size))))
+    except ValueError:
+        return False
+    except BadSample as bad:
+        group.refused = bad
+        return True
+
+
+def _gather_further(groups: dict[str, _Group], index: Index, shard: str, is_sample: Callable[[_Group], bool]) -> None:
+    """Give pictures and arrays to the sample that they belong to, unless they are one themselves."""
     for key, group in sorted(groups.items(), key=lambda item: len(item[0])):  # an owner before what it owns
         used = _picture(group)
         for suffix in [s for s in group.parts if s in (*PICTURES, ARRAY) and s != used]:
             group.further[f".{suffix}"] = group.parts[suffix]
-        owner = None if "txt" in group.parts or (group.refused and not group.parts) else _owner(key, groups)
-        if owner is not None:
+        owner = _owner(key, groups)
+        if owner is not None and not is_sample(group):
             part = key.removeprefix(owner)
             for name, place in {f".{s}": p for s, p in group.parts.items() if s in (*PICTURES, ARRAY)}.items():
                 groups[owner].further.setdefault(part + name, place)
@@ -409,27 +439,39 @@ def _gather_further(groups: dict[str, _Group], index: Index, shard: str) -> None
                 del groups[key]
 
 
-def _gather_named(groups: dict[str, _Group], files: Sequence[str], tables: Mapping[str, metadata.Row]) -> None:
+def _gather_named(
+    groups: dict[str, _Group], files: Sequence[str], tables: Mapping[str, metadata.Row], remark: metadata.Remark
+) -> None:
     """Give files that a table names, `mask_file_name`, to their pictures, as `.mask.png`.
 
-    They are no samples, unless they have a row or a caption of their own.
+    They are no samples, unless they have a row or a caption of their own; of the picture's own name they never are.
     """
     named = [(p, c, o) for p, row in tables.items() for c, o in row.items() if c.endswith(metadata.FURTHER)]
+    for column in dict.fromkeys(column for _, column, _ in named if not is_member(_name_of(column, ARRAY))):
+        remark(column[:100], "the column names no member that there can be: letters, not / or two dots")
+    named = [(p, c, o) for p, c, o in named if is_member(_name_of(c, ARRAY))]
     numbers = {name: number for number, name in enumerate(files)} if named else {}
     taken: set[tuple[str, str]] = set()
     for picture, column, other in named:
         if not isinstance(other, str) or other not in numbers or other == picture:
             continue
-        (key, _), (other_key, suffix) = _split_name(picture), _split_name(other)
+        (key, own), (other_key, suffix) = _split_name(picture), _split_name(other)
+        if (key, own) in taken:  # a mask, by another row
+            continue
         place = groups[other_key].parts.get(suffix) if suffix in (*PICTURES, ARRAY) else None
         if place is not None and place[0] == numbers[other] and key in groups:
-            groups[key].further[f".{column.removesuffix(metadata.FURTHER)}.{suffix}"] = place
-            if other not in tables and "txt" not in groups[other_key].parts:
+            groups[key].further[_name_of(column, str(suffix))] = place
+            if other_key == key or (other not in tables and "txt" not in groups[other_key].parts):
                 taken.add((other_key, str(suffix)))
     for key, suffix in taken:
         del groups[key].parts[suffix]
         if not groups[key].parts:
             del groups[key]
+
+
+def _name_of(column: str, suffix: str) -> str:
+    """`mask_file_name` to `.mask.png`."""
+    return f".{column.removesuffix(metadata.FURTHER)}.{suffix}"
 
 
 def _describe_samples(index: Index, groups: dict[str, _Group], read: Callable[[int, int], bytes], shard: str) -> None:
@@ -453,7 +495,8 @@ def _describe_samples(index: Index, groups: dict[str, _Group], read: Callable[[i
             try:
                 size_of, place = _describe_further(name, offset, count, read)
             except BadSample as bad:
-                index.report("unusable_member", shard, key + name, f"{bad.kind}: {bad.reason}")
+                index.report("unusable_member", shard, key + name[:100], f"{bad.kind}: {bad.reason}")
+                index.unread |= bad.kind == "fetch"
                 continue
             further.append((names.setdefault(name, len(names)), *size_of, place))
             further_of.append(len(keys))
@@ -480,7 +523,9 @@ def _digest(key: str) -> int:
 def _describe_further(
     name: str, offset: int, count: int, read: Callable[[int, int], bytes]
 ) -> tuple[tuple[int, int], tuple[int, int, int]]:
-    """Width and height, and where it lies. Raises BadSample for what its header refuses."""
+    """Width and height, and where it lies. Raises BadSample for what its name or its header refuses."""
+    if not is_member(name):
+        raise BadSample("name", "a name that data.columns cannot hold")
     if count > MAX_BYTES:
         raise BadSample("size_policy", f"{count} bytes, limit {MAX_BYTES}")
     data = read(offset, count)
@@ -543,8 +588,9 @@ _COLUMNS = ("digests", "members", "sizes", "json_captions", "named", "further", 
 
 
 def save(index: Index, shard: Path, index_dir: Path | None) -> None:
-    """Keep what was found, unless some of it may be mended without the shard's dates changing."""
-    if index.unusable or index.problems["fetch"]:
+    """Keep what was found, unless it is nothing, or some may be mended without the shard's dates changing."""
+    nothing = not len(index.keys) and not index.problems
+    if nothing or index.unusable or index.unread:
         return
     header = {
         "version": _VERSION,
@@ -568,20 +614,28 @@ def save(index: Index, shard: Path, index_dir: Path | None) -> None:
         "texts": np.array(list(index.texts.values()), dtype=np.bool_).reshape(len(index.texts), len(index.keys)),
     }
     for path in _index_files(shard, index_dir):
+        temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
+            with open(temporary, "xb") as file:  # with the rights that any new file has: others may use the index
                 np.savez(file, allow_pickle=False, **arrays)
-            os.replace(file.name, path)
+            os.replace(temporary, path)
             return
         except OSError:  # read-only or full: the next place; without any, the index is built again next time
             continue
+        finally:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+
+
+_READING = threading.Lock()
 
 
 def _load(shard: Path, index_dir: Path | None, signature: str) -> Index | None:
     for path in _index_files(shard, index_dir):
         try:
-            with np.load(path, allow_pickle=False) as saved:
+            # numpy reads headers with ast.literal_eval, which fails in several threads at once on CPython 3.11
+            with _READING, np.load(path, allow_pickle=False) as saved:
                 header = json.loads(saved["header"].tobytes())
                 index = Index(
                     keys=Strings(saved["keys"], saved["key_ends"]),
@@ -616,6 +670,7 @@ def _fits(index: Index) -> bool:
     files = len(index.files) or RECORDS
     return (
         bool((index.sizes > 0).all())
+        and bool((index.members["offset"][:, FIELDS.index("image")] >= 0).all())
         and all(has.shape == (count,) for has in index.texts.values())
         and all(bool(((p["size"] >= 0) & (p["size"] <= MAX_BYTES)).all()) for p in places)
         and all(bool(((p["offset"] < files) | (p["offset"] >= RECORDS)).all()) for p in places)

@@ -20,11 +20,12 @@ from ldm.data.captions import TEXT_FIELDS
 
 TABLES = ("metadata.jsonl", "metadata.csv")  # of two in one folder the first is taken
 FURTHER = "_file_name"  # of a column that names another file of the picture, relative to the table
+_PICTURES = (".jpg", ".jpeg", ".png", ".webp")
 _MAX_LINE = 2**20
 _WHOLE = re.compile(r"[+-]?(0|[1-9]\d{0,17})")
 _DECIMAL = re.compile(r"[+-]?((0|[1-9]\d{0,17})(\.\d*)?|\.\d+)([eE][+-]?\d{1,3})?")
 _NUMBERED = re.compile(r"([0-9]{1,18})_(.+)", re.DOTALL)
-MAX_REPEATS = 1000  # a larger number before a folder's name is a year or a code
+_MAX_COUNT = 1000  # a larger number before a folder's name is a year or a code
 
 Row = dict[str, Any]
 Remark = Callable[[str, str], None]
@@ -57,7 +58,7 @@ def classes_of(folders: Iterable[str]) -> dict[str, Class]:
         numbers = sorted(int(match[1]) for match in parts.values() if match)
         written = all(match and match[1][0] != "0" for match in parts.values())
         counting = len(numbers) > 2 and numbers == list(range(numbers[0], numbers[0] + len(numbers)))
-        kohyas = written and not counting and numbers[-1] <= MAX_REPEATS
+        kohyas = written and not counting and numbers[-1] <= _MAX_COUNT
         for folder, match in parts.items():
             name = folder.rpartition("/")[2]
             found[folder] = Class(match[2], int(match[1])) if kohyas and match else Class(name, numbered=bool(match))
@@ -88,6 +89,9 @@ def rows_below(folder: Path, files: Iterable[str], remark: Remark) -> dict[str, 
             picture = posixpath.normpath(posixpath.join(place, name.replace("\\", "/")))
             if picture not in known:  # also all that leads out of the folder
                 remark(table, f"line {number}: there is no {name[:100]!r} here")
+                continue
+            if not picture.lower().endswith(_PICTURES):
+                remark(table, f"line {number}: {name[:100]!r} is no picture ({', '.join(_PICTURES)})")
                 continue
             for column in [c for c, value in row.items() if c.endswith(FURTHER) and isinstance(value, str)]:
                 other = posixpath.normpath(posixpath.join(place, row[column].replace("\\", "/")))

@@ -12,7 +12,7 @@ import json
 import os
 import zlib
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,19 @@ from ldm.data import paths
 from ldm.data.captions import FILENAME, SOURCES, TEXT_FIELDS, Captions, fields_of, has_text, words_of
 from ldm.data.columns import checked, kind_of
 from ldm.data.decode import BadSample
-from ldm.data.index import FIELDS, MAX_FIELDS, PICTURES, RECORDS, SHOWN, Index, Problem, classes_of, index_all, save
+from ldm.data.index import (
+    ARRAY,
+    FIELDS,
+    MAX_FIELDS,
+    PICTURES,
+    RECORDS,
+    SHOWN,
+    Index,
+    Problem,
+    classes_of,
+    index_all,
+    save,
+)
 from ldm.data.metadata import TABLES
 from ldm.data.mixture import check_weights, mixed, per_item, repeats_of
 from ldm.data.packed import Picked
@@ -229,9 +241,10 @@ def open_dataset(
     shards = list(sets)
     indexes = index_all(shards, Path(index_dir) if index_dir else None, remote)
     _refuse_unusable(shards, indexes, on_truncated, where, remote)
-    _refuse_unknown_fields(captions, checked(columns or {}), indexes)
+    declared = checked(columns or {})
+    _refuse_unknown_fields(captions, declared, indexes)
     if on_missing_caption != "empty":
-        _look_for_texts(shards, indexes, captions.fields, Path(index_dir) if index_dir else None, remote)
+        _look_for_texts(shards, indexes, captions, Path(index_dir) if index_dir else None, remote)
     problems, examples = Counter[str](), []
     rows: list[NDArray[np.int64] | None] = []
     for shard, index in zip(shards, indexes, strict=True):
@@ -247,7 +260,7 @@ def open_dataset(
         else:
             rows.append(None)
     num_samples = sum(len(_taken(index, some)) for index, some in zip(indexes, rows, strict=True))
-    remarks: list[str] = []
+    remarks = _undeclared(indexes, declared.values())
     if problems["caption_missing"]:
         if on_missing_caption == "error" or not num_samples:
             raise _caption_error(shards, indexes, problems, examples, caption, where)
@@ -282,6 +295,26 @@ def _taken(index: Index, rows: NDArray[np.int64] | None) -> NDArray[np.int64]:
     return np.arange(len(index.keys)) if rows is None else rows
 
 
+def _undeclared(indexes: list[Index], declared: Collection[str]) -> list[str]:
+    """A sentence about pictures that are no samples, being further members of others, and no column either."""
+    count, name, key = 0, "", ""
+    for index in indexes:
+        others = index.further_names
+        loose = [n.count(".") > 1 and not n.endswith(f".{ARRAY}") and n not in declared for n in others]
+        if any(loose):
+            found = np.flatnonzero(np.array(loose)[index.further["name"]])
+            if len(found) and not count:
+                key, name = index.keys[index.further_of[found[0]]], others[index.further[found[0]]["name"]]
+            count += len(found)
+    if not count:
+        return []
+    pictures = "1 picture is a further member" if count == 1 else f"{count} pictures are further members"
+    return [
+        f"{pictures} of others and no sample, for example {name} of {key}: data.columns.NAME={name} makes it a column; "
+        f"a caption of its own ({key}{name.rpartition('.')[0]}.txt), or a name without that dot, makes it a sample"
+    ]
+
+
 def _num_duplicates(data: Dataset) -> int:
     """Samples of tars whose key another one has already. Every folder names its own pictures."""
     in_tar = np.array([not index.files for index in data.indexes])
@@ -297,8 +330,10 @@ def _choose(where: str, value: str, allowed: tuple[str, ...]) -> None:
 def _captioned(index: Index, captions: Captions) -> NDArray[np.bool_]:
     """[N], whether a sample has a caption."""
     if captions.caption not in SOURCES:
-        has_fields = [index.texts[path] for path in captions.fields]
-        return np.logical_and.reduce([np.ones(len(index.keys), dtype=np.bool_), *has_fields])
+        has = [index.texts[path] for path in captions.fields]
+        if captions.names_file:
+            has.append(index.named | index.texts.get(FILENAME, False))
+        return np.logical_and.reduce([np.ones(len(index.keys), dtype=np.bool_), *has])
     if captions.caption == "filename":
         return index.named
     found = {"txt": index.members["offset"][:, FIELDS.index("txt")] >= 0, "json": index.json_captions}
@@ -306,10 +341,15 @@ def _captioned(index: Index, captions: Captions) -> NDArray[np.bool_]:
 
 
 def _look_for_texts(
-    shards: list[Path], indexes: list[Index], names: Sequence[str], index_dir: Path | None, remote: Remote | None
+    shards: list[Path], indexes: list[Index], captions: Captions, index_dir: Path | None, remote: Remote | None
 ) -> None:
-    """Learn which samples have a text at each dotted path of a template: from their JSON, once, kept in the index."""
+    """Learn which samples have a text at each dotted path of a template: from their JSON, once, kept in the index.
+
+    One that cannot be read now counts as having it, for reading it will say why; then nothing is kept.
+    """
     for shard, index in zip(shards, indexes, strict=True):
+        own = captions.names_file and (FILENAME in index.fields or len(index.fields) >= MAX_FIELDS)
+        names = [*captions.fields, *([FILENAME] if own else [])]
         if all(name in index.texts for name in names):
             continue
         data = Dataset([shard], [index], remote=remote)
@@ -317,7 +357,8 @@ def _look_for_texts(
         for row in range(data.num_samples):
             try:
                 tree = fields_of(data.read(row, ("json",)).get("json"))
-            except BadSample:  # reading the sample will say why
+            except BadSample:
+                index.unread = True
                 continue
             has[:, row] = [has_text(tree, name) for name in names]
         index.texts = dict(zip(names, has, strict=True))
@@ -371,9 +412,10 @@ def _looked_for(caption: str) -> str:
     sidecar = "KEY.txt or KEY.caption beside KEY.jpg"
     table = f"{', '.join(TEXT_FIELDS)} in KEY.json, {' or '.join(TABLES)}"
     words = {"auto": f"{sidecar}; {table}", "sidecar": sidecar, "metadata": table}
-    words["filename"] = "words in the file's name"
-    fields = ", ".join(Captions(caption).fields)
-    return "looked for " + words.get(caption, f"a text or number at {fields} in the sample's JSON")
+    words["filename"] = name = "words in the file's name"
+    captions = Captions(caption)
+    fields = f"a text or number at {', '.join(captions.fields)} in the sample's JSON" if captions.fields else ""
+    return "looked for " + words.get(caption, " and ".join(filter(None, (fields, name if captions.names_file else ""))))
 
 
 def _caption_error(
@@ -405,7 +447,7 @@ def _caption_error(
 
 def _empty_error(shards: list[Path], indexes: list[Index], problems: Counter[str], where: str) -> LdmError:
     suffixes = Counter(Path(name).suffix.lower() or "no suffix" for index in indexes for name in index.files)
-    found = [f"{count} {kind}" for kind, count in problems.most_common()]
+    found = [f"{count} {kind}" for kind, count in problems.most_common() if count]
     found += [f"{count} files with {suffix}" for suffix, count in suffixes.most_common(8)]
     pictures = ", ".join(f"KEY.{suffix}" for suffix in PICTURES)
     return LdmError(

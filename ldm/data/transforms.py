@@ -18,8 +18,8 @@ from ldm.random import Purpose, fold, uniform
 
 CROPS = ("center", "random", "pad")
 PIXELS = 2
-"""Raise it whenever decoding, cropping, padding or resampling give other pixels than before: caches of latents that were
-made with another number are refused. 1: Pillow's bicubic.   2: torch's kernels for bytes."""
+"""Raise it whenever decoding, cropping, padding or resampling give other pixels than before: caches of latents that
+were made with another number are refused. 1: Pillow's bicubic.   2: torch's kernels for bytes."""
 
 Size = tuple[int, int]
 """Width and height in pixels."""

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from ldm.data.moments import MomentTables
 from ldm.data.order import Order
 from ldm.data.pipeline import PassPlan, TrainPlan, stages
 from ldm.data.shards import open_dataset
+from ldm.data.splits import check_data
 from ldm.data.transforms import Transform
 from ldm.errors import LdmError
 from tests.data.making import encoded, picture, sample, write_tar
@@ -140,13 +142,24 @@ def test_masks_of_every_mode():
     assert np.asarray(decode_mask(encoded(Image.new("1", (2, 2), 1)))).tolist() == [[255, 255], [255, 255]]
 
 
-@pytest.mark.parametrize("size,good", [((96, 64), True), ((48, 32), True), ((47, 32), True), ((31, 21), True)])
-def test_only_rounding_may_change_the_aspect_ratio(size, good):
+@pytest.mark.parametrize(
+    "size,shape,off",
+    [
+        ((96, 64), (96, 64), 4),
+        ((48, 32), (96, 64), 4),
+        ((47, 32), (96, 64), 4),
+        ((31, 21), (96, 64), 4),
+        ((2000, 1500), (85, 64), 120),  # the picture made smaller, its width rounded down
+        ((1500, 2000), (64, 85), 120),
+        ((1001, 667), (96, 64), 60),
+    ],
+)
+def test_only_rounding_may_change_the_aspect_ratio(size, shape, off):
     transform, draw = Transform(16), np.full(3, 0.5, dtype=np.float32)
-    assert transform.further(Image.new("L", size), (96, 64), draw).shape == (16, 16)
-    for wrong in ((size[0] - 4, size[1]), (size[1], size[0])):
-        with pytest.raises(BadSample, match="not of the shape of the picture, 96x64") as caught:
-            transform.further(Image.new("L", wrong), (96, 64), draw)
+    assert transform.further(Image.new("L", size), shape, draw).shape == (16, 16)
+    for wrong in ((size[0] - off, size[1]), (size[1], size[0])):
+        with pytest.raises(BadSample, match=f"not of the shape of the picture, {shape[0]}x{shape[1]}") as caught:
+            transform.further(Image.new("L", wrong), shape, draw)
         assert caught.value.kind == "size_policy"
 
 
@@ -363,6 +376,112 @@ def test_files_that_a_table_names(tmp_path):
     assert read["a"] == {".mask.png": picture(5), ".depth.jpg": picture(9, form="JPEG")}
     assert read["b"] == {".mask.png": picture(5)} and read["d"] == {".mask.png": picture(4)} and not read["c"]
     assert data.problems == {"metadata": 1} and "../x.npy" in data.examples[0].reason
+
+
+def test_a_file_of_the_picture_s_own_name_that_a_table_names_is_not_the_picture(tmp_path):
+    rows = [
+        {"file_name": "a.png", "mask_file_name": "a.jpg"},
+        {"file_name": "b.png", "mask_file_name": "b.jpg"},
+        {"file_name": "b.jpg", "depth_file_name": "b.png"},  # one of the two must be the picture
+    ]
+    content = [(f"{n}.png", picture(i)) for i, n in enumerate("ab")]
+    content += [(f"{n}.jpg", picture(i + 5, form="JPEG")) for i, n in enumerate("ab")]
+    content += [("a.txt", b"a"), ("b.txt", b"b"), ("metadata.jsonl", "\n".join(map(json.dumps, rows)).encode())]
+    data = folder_of(tmp_path / "f", content)
+    assert sorted(data.keys) == ["a", "b"] and not data.problems
+    for i, key in enumerate(data.keys):
+        n = "ab".index(key)
+        assert data.read(i, ("image", ".mask.jpg")) == {
+            "image": picture(n),
+            ".mask.jpg": picture(n + 5, form="JPEG"),
+        }
+
+
+OWN_TEXTS = {
+    "a sidecar": (("a.x.txt", b"x"),),
+    "its JSON": (("a.x.json", b'{"caption": "x"}'),),
+    "a row": (("metadata.jsonl", b'{"file_name": "a.x.png", "text": "x"}'),),
+    "a row without text": (("metadata.csv", b"file_name,title\na.x.png,x"),),
+    "nothing": (),
+    "a JSON without a caption": (("a.x.json", b'{"mask_of": "a"}'),),
+    "a JSON that is none": (("a.x.json", b"{"),),
+    "a row of another": (("metadata.jsonl", b'{"file_name": "a.png", "text": "x"}'),),
+}
+
+
+@pytest.mark.parametrize(
+    "case,form",
+    [(case, form) for case in OWN_TEXTS for form in ("folder", "tar") if form == "folder" or "row" not in case],
+)
+def test_a_picture_with_words_of_its_own_is_no_further_member(tmp_path, case, form):
+    content = [("a.png", picture(1)), ("a.txt", b"a"), ("a.x.png", picture(2)), *OWN_TEXTS[case]]
+    if form == "folder":
+        folder_of(tmp_path / "d", content)
+    else:
+        write_tar(tmp_path / "d", content).rename(tmp_path / "d.tar")
+    data = open_dataset(str(tmp_path / ("d" if form == "folder" else "d.tar")), on_missing_caption="empty")
+    if list(OWN_TEXTS).index(case) < 4:
+        assert sorted(data.keys) == ["a", "a.x"] and not data.indexes[0].further_names and not data.remarks
+    else:
+        assert data.keys == ["a"] and data.indexes[0].further_names == [".x.png"]
+
+
+def test_pictures_that_are_no_samples_are_counted_at_the_start(tmp_path, capfd):
+    content = [("logo.png", picture(1)), ("logo.old.png", picture(2)), ("fox.png", picture(3))]
+    content += [("fox.jpg", picture(4, form="JPEG")), ("fox.emb.npy", npy([1.0])), ("fox.old.png", picture(5))]
+    folder_of(tmp_path / "f", [*content, ("fox.txt", b"x"), ("logo.txt", b"x")])
+    node = {"_target_": "ldm.data.datamodule.DataModule", "path": str(tmp_path / "f"), "caption": "filename"}
+    capfd.readouterr()
+    check_data(node)
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "2 pictures are further members of others and no sample, for example .old.png of " in line
+    assert "data.columns.NAME=.old.png" in line and (".old.txt)" in line)
+    check_data({**node, "columns": {"before": ".old.png"}})
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("failing", ["a.mask.png", "a.mask.json"])
+def test_what_was_read_at_a_bad_moment_is_read_again(tmp_path, monkeypatch, failing):
+    content = [(f"{n}.{s}", d) for n in "ab" for s, d in (("png", picture(1)), ("txt", b"x"), ("mask.png", picture(2)))]
+    folder_of(tmp_path / "f", content)
+    (tmp_path / "f" / "a.mask.json").write_text('{"n": 1}')
+    read_bytes = Path.read_bytes
+
+    def flaky(path):
+        if path.name == failing:
+            raise OSError(5, "Input/output error")
+        return read_bytes(path)
+
+    monkeypatch.setattr(Path, "read_bytes", flaky)
+    data = open_dataset(str(tmp_path / "f"))
+    assert data.num_samples == 2 and "Input/output error" in data.examples[0].reason
+    assert data.indexes[0].further_rows(data.keys.index("a")).size == 0
+    monkeypatch.undo()
+    again = open_dataset(str(tmp_path / "f"))  # also in this process
+    assert not again.problems and all(again.read(i, (".mask.png",)) for i in range(2))
+    del data, again
+    assert not open_dataset(str(tmp_path / "f")).problems
+
+
+NO_NAMES = ["/../../evil", "a/b", "..", "", "x" * 200, "new\nline", "nul\0", "a\\..\\b"]
+
+
+def test_a_column_of_a_table_that_is_no_name_is_remarked(tmp_path):
+    rows = [{"file_name": "a.png", "text": "a", "mask_file_name": "m.png"}]
+    rows += [{"file_name": f"{n}.png", "text": "x", f"{name}_file_name": "m.png"} for n, name in enumerate(NO_NAMES)]
+    content = [(f"{n}.png", picture(1)) for n in ("a", "m", *range(len(NO_NAMES)))]
+    data = folder_of(tmp_path / "f", [*content, ("metadata.jsonl", "\n".join(map(json.dumps, rows)).encode())])
+    assert data.indexes[0].further_names == [".mask.png"]
+    assert data.problems == {"metadata": len(NO_NAMES)} and data.num_samples == 1 + len(NO_NAMES)
+    assert {p.key for p in data.examples} == {f"{name}_file_name"[:100] for name in NO_NAMES}
+
+
+def test_a_member_whose_name_is_none_is_remarked(tmp_path):
+    """Also of a tar: no name that leads elsewhere, or that is endless, is ever written again."""
+    content = [*sample(0), ("s00000.a\\..\\b.png", picture(1)), ("s00000." + "x" * 300 + ".png", picture(1))]
+    content.append(("s00000.ok.png", picture(2)))
+    data = open_dataset(str(write_tar(tmp_path / "a.tar", content, tarfile.PAX_FORMAT)))
+    assert data.problems == {"unusable_member": 2} and data.indexes[0].further_names == [".ok.png"]
 
 
 # ---- moments

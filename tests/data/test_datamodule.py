@@ -114,6 +114,33 @@ def test_what_the_index_rejects_counts_against_the_budget(tmp_path):
     assert configured(tmp_path).problems == {"caption_missing": 1}  # the policy is a setting of its own
 
 
+@pytest.mark.parametrize("named", [True, False])
+def test_a_rotten_validation_set_is_refused_too(tmp_path, named):
+    write_tar(tmp_path / "train-0.tar", [m for n in range(6) for m in sample(n)])
+    rotten = [("x.png", b"<html>"), ("x.txt", b"x")]
+    val = write_tar(tmp_path / ("v.tar" if named else "val-0.tar"), [*sample(7), *rotten])
+    where = {"val_path": str(val)} if named else {}
+    path = tmp_path / "train-0.tar" if named else tmp_path
+    with pytest.raises(LdmError) as stopped:
+        configured(path, **where)
+    assert stopped.value.exit_code == 3
+    assert "50.0 % bad samples in the validation set, for example x" in stopped.value.line()
+    assert f"mostly decode in {val.name}" in stopped.value.line()
+    with pytest.raises(LdmError):
+        configured(path, **where, strict=True, max_bad_fraction=0.6)
+    file = tmp_path / "bad.jsonl"
+    dm = configured(path, **where, max_bad_fraction=0.6, bad_samples_file=file)
+    assert dm.num_val == 1 and dm.problems == {"decode": 1} and '"key": "x"' in file.read_text()
+
+
+def test_what_is_bad_in_a_set_that_is_split_is_counted_once(tmp_path):
+    members = [m for n in range(40) for m in sample(n)] + [("x.png", b"<html>"), ("x.txt", b"x")]
+    write_tar(tmp_path / "a.tar", members)
+    dm = configured(tmp_path, max_bad_fraction=0.05, val_fraction=0.5, bad_samples_file=tmp_path / "bad.jsonl")
+    assert dm.num_val and dm.problems == {"decode": 1}
+    assert len((tmp_path / "bad.jsonl").read_text().splitlines()) == 1
+
+
 @pytest.mark.parametrize("options", [{"crop": "x"}, {"background": "blau"}, {"val_fraction": 1.0}])
 def test_wrong_settings(options):
     with pytest.raises(LdmError, match=next(iter(options))):

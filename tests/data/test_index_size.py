@@ -1,8 +1,11 @@
 """An index of a million samples: seconds, megabytes, and a file that anybody may have written."""
 
+import errno
 import json
+import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -148,12 +151,14 @@ POISON = {
     "fewer hashes": lambda i: setattr(i, "digests", i.digests[:-1]),
     "another type": lambda i: setattr(i, "sizes", i.sizes.astype(np.float32)),
     "keys that are not cut": lambda i: i.keys.ends.__setitem__(0, 10**6),
-    "another version": lambda i: setattr(i, "signature", "0-0"),
+    "a sample without a picture": lambda i: i.members["offset"].__setitem__((0, 0), -1),
+    "another signature": lambda i: setattr(i, "signature", "0-0"),
+    "another version": lambda i: None,  # altered where it is saved
 }
 
 
 @pytest.mark.parametrize("case", [*POISON, "the control"])
-def test_a_saved_index_that_does_not_fit_is_built_again(tmp_path, case, capfd):
+def test_a_saved_index_that_does_not_fit_is_built_again(tmp_path, case, capfd, monkeypatch):
     content = [m for n in "abc" for m in ((f"{n}.png", picture()), (f"{n}.txt", b"x"), (f"{n}.m.png", picture(1)))]
     shard = write_tar(tmp_path / "a.tar", content)
     (index,) = index_all([shard], None)
@@ -161,9 +166,39 @@ def test_a_saved_index_that_does_not_fit_is_built_again(tmp_path, case, capfd):
         setattr(index, name, getattr(index, name).copy())
     index.keys.ends = index.keys.ends.copy()
     POISON.get(case, lambda i: None)(index)
-    save(index, shard, None)
+    with monkeypatch.context() as patched:
+        if case == "another version":
+            patched.setattr(indexing, "_VERSION", indexing._VERSION - 1)
+        save(index, shard, None)
     del index
     capfd.readouterr()
     data = open_dataset(str(shard))
     assert data.keys == ["a", "b", "c"] and data.read(2, ("txt", ".m.png")) == {"txt": b"x", ".m.png": picture(1)}
     assert ("indexed" in capfd.readouterr().err) == (case != "the control")
+
+
+@pytest.mark.parametrize("umask,rights", [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
+def test_a_saved_index_has_the_rights_of_any_new_file(tmp_path, umask, rights):
+    write_shards(tmp_path, [3])
+    before = os.umask(umask)
+    try:
+        open_dataset(str(tmp_path))
+    finally:
+        os.umask(before)
+    (saved,) = (tmp_path / ".ldm-index").iterdir()
+    assert saved.stat().st_mode & 0o777 == rights
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+def test_an_index_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch, error):
+    write_shards(tmp_path, [3])
+
+    def full(file, **_):
+        file.write(b"x" * 1000)
+        raise error
+
+    monkeypatch.setattr(np, "savez", full)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with suppress(KeyboardInterrupt):
+        assert open_dataset(str(tmp_path)).num_samples == 3
+    assert (tmp_path / ".ldm-index").is_dir() and not [p for p in tmp_path.rglob("*.tmp*") if p.is_file()]

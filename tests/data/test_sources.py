@@ -10,9 +10,10 @@ import pytest
 from ldm.data import metadata
 from ldm.data.captions import Captions
 from ldm.data.datamodule import DataModule
+from ldm.data.decode import BadSample
 from ldm.data.loader import Stream
 from ldm.data.pipeline import PassPlan, stages
-from ldm.data.shards import open_dataset
+from ldm.data.shards import Dataset, open_dataset
 from ldm.data.splits import check_data
 from ldm.data.transforms import Transform
 from ldm.errors import LdmError
@@ -220,19 +221,23 @@ def test_rows_that_cannot_be_used_are_remarked(tmp_path):
         json.dumps({"file_name": "../../etc/passwd", "text": "x"}),
         json.dumps({"file_name": "/etc/passwd", "text": "x"}),
         json.dumps({"file_name": 5}),
+        json.dumps({"file_name": "a.txt", "text": "x"}),
         "[" * 100_000,
         '{"text": "' + "x" * 2**20 + '"}',
     ]
     fill(tmp_path, {"a.png": None, "metadata.jsonl": "\n".join(lines), "metadata.csv": "file_name,text\na.png,other"})
+    fill(tmp_path, {"a.txt": "own"})
     data = open_dataset(str(tmp_path))
-    assert data.keys == ["a"] and data.problems == {"metadata": 10}
+    assert data.keys == ["a"] and data.problems == {"metadata": 11}
     reasons = [p.reason for p in data.examples]
     assert any("line 2 cannot be read" in r for r in reasons) and any(
         "line 4 has no file_name; it has: image" in r for r in reasons
     )
     assert any("there is no '../../etc/passwd' here" in r for r in reasons)
+    assert any("line 8: 'a.txt' is no picture (.jpg" in r for r in reasons)
     fill(tmp_path, {"metadata.csv": "image,text\na.png,x\n"})
     (tmp_path / "metadata.jsonl").unlink()
+    (tmp_path / "a.txt").unlink()
     assert "line 2 has no file_name; it has: image, text" in refusal(tmp_path)
     fill(tmp_path, {"metadata.csv": b"file_name,text\na.png,caf\xe9\n"})
     assert "metadata.csv: nothing is read after line" in refusal(tmp_path)
@@ -267,6 +272,38 @@ def test_captions_from_file_names(tmp_path):
     assert data.problems == {"caption_missing": 1}
     assert texts(tmp_path, caption="filename") == {"red_fox-01": "red fox", "a/blue-dog": "blue dog"}
     assert texts(tmp_path, caption="a logo of {filename}")["red_fox-01"] == "a logo of red fox"
+
+
+def test_a_template_with_the_file_s_name_needs_words_in_it(tmp_path):
+    """As with caption=filename; a field `filename` of the JSON stands for them."""
+    fill(tmp_path, {"0001.png": None, "0002.png": None})
+    for caption in ("filename", "{filename}", "a logo of {filename}"):
+        line = refusal(tmp_path, caption=caption)
+        assert "2 pictures have no caption" in line and "looked for words in the file's name;" in line
+    fill(tmp_path, {"fox.png": None, "0003.png": None, "0003.json": '{"filename": "stored"}', "0002.json": "{}"})
+    data = open_dataset(str(tmp_path), caption="a logo of {filename}")
+    assert sorted(data.keys) == ["0003", "fox"] and data.problems == {"caption_missing": 2}
+    assert texts(tmp_path, caption="a logo of {filename}") == {"0003": "a logo of stored", "fox": "a logo of fox"}
+    with pytest.raises(BadSample, match="filename"):
+        Captions("{filename}")("0001", None, None)
+    empty = Captions("a logo of {filename}", on_missing_caption="empty")
+    assert empty("0001", None, None) == "" and empty("fox", None, None) == "a logo of fox"
+    assert open_dataset(str(tmp_path), caption="{filename}", on_missing_caption="empty").num_samples == 4
+
+
+def test_fields_that_were_looked_for_at_a_bad_moment_are_looked_for_again(tmp_path, monkeypatch):
+    fill(tmp_path, {"a.png": None, "a.json": '{"t": "A"}', "b.png": None, "b.json": '{"x": 1}'})
+    open_dataset(str(tmp_path), on_missing_caption="empty")
+
+    def fails(*_):
+        raise BadSample("fetch", "Input/output error")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Dataset, "read", fails)
+        data = open_dataset(str(tmp_path), caption="{t}")
+    assert data.num_samples == 2  # reading them will say why
+    del data
+    assert open_dataset(str(tmp_path), caption="{t}").keys == ["a"]
 
 
 def test_a_template_with_a_field_that_nobody_has_is_refused_at_once(tmp_path):
@@ -511,8 +548,21 @@ def test_a_folder_without_captions(tmp_path, capsys):
     assert "shop/red_fox-1" in refusal(tmp_path, on_missing_caption="error")
 
 
+def test_a_missing_path_names_what_is_near_and_nothing_else(tmp_path):
+    (tmp_path / "my_logos").mkdir()
+    (tmp_path / "private").mkdir()
+    assert "did you mean 'my_logos'?" in refusal(tmp_path / "my_lgos")
+    line = refusal(tmp_path / "zebra")
+    assert "set data.path to a folder of pictures or of tar shards" in line
+    assert "private" not in line and "my_logos" not in line
+
+
 def test_a_folder_without_pictures(tmp_path):
     fill(tmp_path, {"a.gif": b"GIF89a", "b.gif": b"GIF89a", "a.txt": "a", "metadata.jsonl": "{}"})
+    (tmp_path / "bare").mkdir()
+    line = refusal(tmp_path / "bare")
+    assert "no usable sample" in line and "found: nothing;" in line
+    assert os.listdir(tmp_path / "bare") == []  # no index of nothing is left there
     line = refusal(tmp_path)
     assert "no usable sample" in line and "2 files with .gif" in line and "KEY.jpg" in line and "data.path" in line
 
