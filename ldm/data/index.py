@@ -12,6 +12,7 @@ import json
 import os
 import secrets
 import sys
+import threading
 import time
 import zipfile
 import zlib
@@ -634,7 +635,7 @@ _READING = threading.Lock()
 def _load(shard: Path, index_dir: Path | None, signature: str) -> Index | None:
     for path in _index_files(shard, index_dir):
         try:
-            # numpy reads headers with ast.literal_eval, which fails in several threads at once on CPython 3.11
+            # numpy reads headers with ast.literal_eval, which may fail in several threads at once (CPython gh-106905)
             with _READING, np.load(path, allow_pickle=False) as saved:
                 header = json.loads(saved["header"].tobytes())
                 index = Index(
