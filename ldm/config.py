@@ -71,7 +71,7 @@ def changed(tree: Mapping[str, Any], words: Sequence[str]) -> _Tree:
     raise_all(problems + [_a_sweep(w) for w, o in parsed if o.key_or_group in fills and o.is_sweep_override()])
     _limit_resolvers()
     for _, override in parsed:
-        value = _resolve(OmegaConf.create({"value": override.value()}))["value"]
+        (value,) = _resolve(OmegaConf.create({override.key_or_group: override.value()})).values()
         *above, key = override.key_or_group.split(".")
         below = found
         for step in above:

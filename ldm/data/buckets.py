@@ -124,12 +124,15 @@ class Buckets:
 
 def read_settings(node: Mapping[str, Any] | None, image_size: int) -> Buckets | None:
     """The mapping `data.bucket`: `enable_bucket` and the settings of `Buckets`; None where buckets are off."""
+    if not isinstance(node, Mapping | None):
+        raise LdmError("CONFIG", f"{node!r} is no mapping", where="data.bucket", next="data.bucket.enable_bucket=true")
     known = [field.name for field in fields(Buckets)][1:]
     settings = dict(node or {})
     enabled = settings.pop("enable_bucket", False)
     for name in settings:
         if name not in known:
-            raise LdmError("CONFIG", f"unknown setting {name!r}", where="data.bucket", next=nearest(name, known))
+            hint = nearest(name, ["enable_bucket", *known])
+            raise LdmError("CONFIG", f"unknown setting {name!r}", where="data.bucket", next=hint)
     for name, value in (("enable_bucket", enabled), ("bucket_no_upscale", settings.get("bucket_no_upscale", False))):
         if not isinstance(value, bool):
             raise _refused(name, f"{value!r}", "true or false")

@@ -1,6 +1,7 @@
 """Shards over http: fetched whole into a cache of this machine, and from then on local files.
 
-    cache_dir/<hash of the URL>-<hash of ETag and size>/<name>.tar    with lock, entry.json and the shard's index
+    cache_dir/<hash of the URL>-<hash of ETag and size>/<name>.tar    with lock, entry.json and the shard's index,
+                                                                and failed.json while the server gives it to nobody
 
 A shard is written beside that name in sequential ranges, compared with what the server said of it, synced and renamed,
 by one process of the machine while the others wait. When the cache is full, the shards that were used longest ago go;
@@ -19,17 +20,19 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ldm.data.web import Client, Seen, Unreachable, Url, check_hosts, parse_url, plain_host
+from ldm.data.web import Client, Exhausted, Seen, Unreachable, Url, check_hosts, parse_url, plain_host
 from ldm.errors import LdmError
 
 _LOOKS = 16  # servers are asked about so many shards at a time
 _AT_ONCE = 16  # shards that a cache smaller than the set must hold: two for each of eight lanes
 _PATIENCE_S = 60  # before a shard that could not be fetched is asked for again
+_ENTRY = {"url": str, "size": int, "etag": str, "sha256": str, "fetched": float}  # entry.json
+_FAILED = {"at": float, "reason": str}  # failed.json
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,9 @@ class Remote:
     allow: hosts that may be asked; a private address only if it stands here itself.
     cache_dir: on a disk of this machine; None = `ldm/shards` in the user's cache.   cache_gb: what it may hold, of all
     runs that share it.
-    retries: further attempts at a request that failed.   timeout_s: without a byte, after which an attempt has failed.
+    retries: further attempts at a request that failed.   timeout_s: without a byte, after which an attempt has failed;
+    a server that is silent is given up after (1 + retries) attempts and their pauses, 124 s by default, one that drips
+    after twice that, and both is less than the loader's timeout.
     offline: ask nobody and use what the cache holds.
 
     keeps_all: whether the cache has room for all shards that were asked for.
@@ -56,18 +61,24 @@ class Remote:
         allow: Sequence[str] = (),
         cache_dir: str | None = None,
         cache_gb: float = 100.0,
-        retries: int = 5,
-        timeout_s: float = 60.0,
+        retries: int = 3,
+        timeout_s: float = 30.0,
         offline: bool = False,
     ) -> None:
-        names = [allow] if isinstance(allow, str) else list(allow)
-        hosts = [plain_host(str(name)) for name in names]
+        names = [allow] if isinstance(allow, str) or not isinstance(allow, Sequence) else list(allow)
+        hosts = [plain_host(name) if isinstance(name, str) else None for name in names]
         if None in hosts:
             hint = "host names or addresses, without scheme, port and wildcards: [data.example.org]"
             raise LdmError("CONFIG", f"{names[hosts.index(None)]!r} is no host", where="data.remote.allow", next=hint)
-        for key, value, least in (("cache_gb", cache_gb, 0), ("timeout_s", timeout_s, 0), ("retries", retries, -1)):
-            if not (isinstance(value, int | float) and value > least):
-                raise LdmError("CONFIG", f"{key}={value}", where=f"data.remote.{key}", limit=f"more than {least}")
+        for key, value, fits, limit in (
+            ("cache_dir", cache_dir, cache_dir is None or isinstance(cache_dir, str), "a folder, or null"),
+            ("cache_gb", cache_gb, isinstance(cache_gb, int | float) and 0 < cache_gb <= 1e9, "above 0, up to 1e9"),
+            ("retries", retries, isinstance(retries, int) and 0 <= retries <= 1e9, "a whole number, 0 to 1e9"),
+            ("timeout_s", timeout_s, isinstance(timeout_s, int | float) and 0 < timeout_s <= 1e9, "above 0, up to 1e9"),
+            ("offline", offline, isinstance(offline, bool), "true or false"),
+        ):
+            if not fits or (isinstance(value, bool) and key != "offline"):
+                raise LdmError("CONFIG", f"{key}={value!r}", where=f"data.remote.{key}", limit=limit)
         self.allow = tuple(host for host in hosts if host)
         caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         self.cache_dir = Path(cache_dir).expanduser().absolute() if cache_dir else caches / "ldm" / "shards"
@@ -75,6 +86,8 @@ class Remote:
         self.offline = offline
         self._client = Client(frozenset(self.allow), retries, timeout_s, self._is_stopped)
         self._entries: dict[Path, _Entry] = {}
+        self._asked: set[Url] = set()
+        self._began = time.time()
         self._failed: dict[Path, tuple[float, str]] = {}
         self.keeps_all = True
         self._stopped = False
@@ -90,7 +103,8 @@ class Remote:
             entries = [self._kept(url) for url in parsed]
         else:
             check_hosts(parsed, self.allow, where)
-            self._client.check(parsed)
+            self._client.check(self._asked | set(parsed))  # the token's one host is that of all calls
+            self._asked |= set(parsed)
             with ThreadPoolExecutor(_LOOKS) as pool:
                 try:
                     entries = list(pool.map(self._look, parsed))
@@ -123,18 +137,14 @@ class Remote:
             return
         if self.offline:
             raise Unreachable("not in the cache, and data.remote.offline=true")
-        since, reason = self._failed.get(path, (0.0, ""))
-        if reason and time.monotonic() - since < _PATIENCE_S:
-            raise Unreachable(reason)
+        self._refuse_failed(path)
         try:
             with _locked(path.parent / "lock"):
                 if not _touched(path, entry.seen.size):
-                    self._fetch(entry, path)
-        except (Unreachable, OSError) as error:
-            full = f"cannot write into {self.cache_dir}: {getattr(error, 'strerror', None)}"
-            reason = str(error) if isinstance(error, Unreachable) else full
-            self._failed[path] = time.monotonic(), reason
-            raise Unreachable(reason) from error
+                    self._refuse_failed(path)  # who had to wait for one that failed does not do it all again
+                    self._try(entry, path)
+        except OSError as error:
+            raise Unreachable(self._unwritable(error)) from error
 
     def stop(self) -> None:
         """End what other threads are asking for."""
@@ -158,6 +168,32 @@ class Remote:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_failed": {}}
 
+    # ---- failures
+
+    def _refuse_failed(self, path: Path) -> None:
+        """Raise Unreachable if the shard has just failed: in this process, or in any since this run began."""
+        told = _note(path.with_name("failed.json"), _FAILED)
+        for at, reason in (self._failed.get(path, (0.0, "")), (told.get("at", 0.0), told.get("reason", ""))):
+            if max(self._began, time.time() - _PATIENCE_S) < at <= time.time():
+                raise Unreachable(reason)
+
+    def _try(self, entry: _Entry, path: Path) -> None:
+        """Fetch the shard, or leave word why not. Of what took long, also for those who wait."""
+        told = path.with_name("failed.json")
+        try:
+            self._fetch(entry, path)
+            told.unlink(missing_ok=True)
+        except (Unreachable, OSError) as error:
+            reason = str(error) if isinstance(error, Unreachable) else self._unwritable(error)
+            self._failed[path] = time.time(), reason
+            if isinstance(error, Exhausted):
+                with suppress(OSError):
+                    told.write_text(json.dumps({"at": time.time(), "reason": reason}), encoding="utf-8")
+            raise Unreachable(reason) from error
+
+    def _unwritable(self, error: OSError) -> str:
+        return f"cannot write into {self.cache_dir}: {error.strerror}"
+
     # ---- entries
 
     def _look(self, url: Url) -> _Entry:
@@ -175,8 +211,10 @@ class Remote:
         """The whole shard that was fetched last from there."""
         newest = (0.0, _Entry(url, Seen(0, ""), "not in the cache, and data.remote.offline=true"))
         for note in self.cache_dir.glob(f"{_hash(str(url))}-*/entry.json"):
-            written = _note(note)
-            entry = _Entry(url, Seen(written.get("size", -1), written.get("etag", "")))
+            written = _note(note, _ENTRY)
+            if not written:
+                continue
+            entry = _Entry(url, Seen(written["size"], written["etag"]))
             if _is_whole(self._path(entry), entry.seen.size):
                 newest = max(newest, (written["fetched"], entry), key=lambda item: item[0])
         return newest[1]
@@ -248,14 +286,15 @@ class Remote:
                 self._client.fetch(entry.url, entry.seen, sink)
                 file.flush()
                 os.fsync(file.fileno())
-            before = _note(note).get("sha256", sink.sha256)
+            before = _note(note, _ENTRY).get("sha256", sink.sha256)
             if sink.sha256 != before:
                 raise Unreachable("other bytes than before under the same ETag and size: empty the cache, start again")
             written = {"url": str(entry.url), **entry.seen._asdict(), "sha256": sink.sha256, "fetched": time.time()}
             temporary = path.with_name("entry.json.tmp")
             temporary.write_text(json.dumps(written), encoding="utf-8")
             os.replace(temporary, note)
-            os.replace(part, path)
+            with _locked(self.cache_dir / "lock"):  # a shard between two names would be counted under neither
+                os.replace(part, path)
         finally:
             part.unlink(missing_ok=True)
 
@@ -324,15 +363,18 @@ def _stat(path: Path) -> os.stat_result | None:
         return None
 
 
-def _note(file: Path) -> dict[str, Any]:
+def _note(file: Path, kinds: dict[str, type]) -> dict[str, Any]:
+    """A JSON object that has these keys with these types; anything else counts as never written."""
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        note = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         return {}
+    whole = isinstance(note, dict) and all(type(note.get(key)) is kind for key, kind in kinds.items())
+    return note if whole else {}
 
 
 def _hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:32]  # an ETag is bytes
 
 
 def _gb(size: int) -> str:

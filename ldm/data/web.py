@@ -30,11 +30,18 @@ _MAX_REDIRECTS = 5
 _TRANSIENT = {408, 425, 429, 500, 502, 503, 504}
 _HOST = re.compile(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*")
 _PATH = re.compile(r"[A-Za-z0-9._~!$&'()+,;=:@%/-]+")
-_CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
+_NUMBER = r"[0-9]{1,18}"
+_CONTENT_RANGE = re.compile(rf"bytes ({_NUMBER})-({_NUMBER})/({_NUMBER})")
+_NAT64, _COMPATIBLE = ipaddress.ip_network("64:ff9b::/96"), ipaddress.ip_network("::/96")  # RFC 6052, RFC 4291
+_LOCAL = ipaddress.ip_network("64:ff9b:1::/48"), ipaddress.ip_network("fec0::/10")  # RFC 8215, RFC 3879
 
 
 class Unreachable(Exception):
     """A shard could not be fetched. The text says why, without the URL."""
+
+
+class Exhausted(Unreachable):
+    """Every attempt at a request has failed."""
 
 
 class _Again(Unreachable):
@@ -104,7 +111,10 @@ def parse_url(text: str, where: str) -> Url:
         raise refused(f"{path or '/'} is not the name of a .tar", hint)
     if not _PATH.fullmatch(path) or {".", ".."} & set(path.split("/")):
         raise refused("a URL with characters that must be encoded", "write a space as %20, and no . or .. as a folder")
-    return Url(scheme, host, number, path)
+    url = Url(scheme, host, number, path)
+    if not url.name.lower().endswith(".tar"):  # nothing, or dots only, before the suffix
+        raise refused(f"{path} is not the name of a .tar", "name the shard: .../00000.tar")
+    return url
 
 
 def check_hosts(urls: Iterable[Url], allow: Iterable[str], where: str) -> None:
@@ -135,9 +145,8 @@ def addresses(host: str, allow: frozenset[str]) -> tuple[str, ...]:
         raise LdmError("DATA", what, where="data.path", limit=str(error.strerror), next=hint) from error
     found = tuple(dict.fromkeys(str(info[4][0]) for info in infos))
     for text in found:
-        address: Any = ipaddress.ip_address(text.partition("%")[0])
-        address = getattr(address, "ipv4_mapped", None) or address
-        public = address.is_global and not address.is_multicast
+        address = _meant(ipaddress.ip_address(text.partition("%")[0]))
+        public = address.is_global and not address.is_multicast and not any(address in local for local in _LOCAL)
         named = plain_host(str(address)) in allow or (bare == "localhost" and address.is_loopback)
         if not public and not named:
             raise LdmError(
@@ -147,6 +156,18 @@ def addresses(host: str, allow: frozenset[str]) -> tuple[str, ...]:
                 next=f"if that is meant, add {address} itself to data.remote.allow",
             )
     return found
+
+
+def _meant(address: Any) -> Any:
+    """The IPv4 address that an IPv6 address stands for, where it does: mapped, translated (NAT64), 6to4, compatible.
+
+    Teredo addresses are not public, whatever they carry.
+    """
+    if address.version == 4:
+        return address
+    if address in _NAT64 or (address in _COMPATIBLE and int(address) > 1):  # :: and ::1 are IPv6's own
+        return ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
+    return address.ipv4_mapped or address.sixtofour or address
 
 
 class Seen(NamedTuple):
@@ -186,7 +207,10 @@ class Client:
         for host in {url.host for url in urls}:
             addresses(host, self.allow)
         plain = {url.host for url in urls if url.scheme == "http"} - {"localhost", "127.0.0.1"}
-        if os.environ.get(TOKEN) and (plain or len({url.host for url in urls}) > 1):
+        if not re.fullmatch(r"[!-~]*", _token()):
+            hint = "set it to the token alone, or unset it"
+            raise LdmError("DATA", f"{TOKEN} has characters that no token has", where="data.path", next=hint)
+        if _token() and (plain or len({url.host for url in urls}) > 1):
             hint = f"unset {TOKEN}, or use https URLs of one host"
             raise LdmError("DATA", f"{TOKEN} goes to a single host, over https only", where="data.path", next=hint)
 
@@ -205,7 +229,7 @@ class Client:
     async def _look(self, url: Url) -> Seen:
         async with self._answer("HEAD", url, {}) as (answer, _):
             _check(answer)
-            if not re.fullmatch(r"\d{1,18}", answer.headers.get("Content-Length", "")):
+            if not re.fullmatch(_NUMBER, answer.headers.get("Content-Length", "")):
                 raise Unreachable("the server does not say how long the file is")
             return Seen(int(answer.headers["Content-Length"]), _etag(answer))
 
@@ -214,7 +238,7 @@ class Client:
         start = sink.at
         stop = min((start // RANGE + 1) * RANGE, seen.size)
         headers = {"Range": f"bytes={start}-{stop - 1}"}
-        if seen.etag.startswith('"'):  # only a strong ETag may stand there; the answer is compared in any case
+        if re.fullmatch('"[ -~]*"', seen.etag):  # only a strong ETag may stand there; the answer is compared anyway
             headers["If-Range"] = seen.etag
         async with self._answer("GET", url, headers) as (answer, limit):
             _check(answer)
@@ -246,7 +270,7 @@ class Client:
 
         addresses(url.host, self.allow)  # again here: no resolver is asked about a host that is an address
         session = await self._fs.set_session()
-        headers = headers | ({"Authorization": f"Bearer {os.environ[TOKEN].strip()}"} if os.environ.get(TOKEN) else {})
+        headers = headers | ({"Authorization": f"Bearer {_token()}"} if _token() else {})
         start = at = yarl.URL(str(url), encoded=True)
         async with asyncio.timeout(2 * self.timeout_s) as limit:
             for _ in range(_MAX_REDIRECTS + 1):
@@ -272,8 +296,9 @@ class Client:
                 if attempt > self.retries or hopeless or self.stopped():
                     if isinstance(error, _NoConnection):
                         _down.add(url.host)
-                    raise Unreachable(f"{error}; attempt {attempt} of {1 + self.retries}") from error
-                time.sleep(min(0.5 * 2 ** (attempt - 1), 30))
+                    kind = Unreachable if self.stopped() else Exhausted
+                    raise kind(f"{error}; attempt {attempt} of {1 + self.retries}") from error
+                time.sleep(min(0.5 * 2 ** min(attempt - 1, 6), 30))
 
 
 def _run(loop: Any, coroutine: Coroutine[Any, Any, Any]) -> Any:
@@ -284,6 +309,8 @@ def _run(loop: Any, coroutine: Coroutine[Any, Any, Any]) -> Any:
     async def translated() -> Any:
         try:
             return await coroutine
+        except aiohttp.ConnectionTimeoutError as error:
+            raise _NoConnection("no connection (no answer)") from error
         except TimeoutError as error:  # aiohttp's are of this class
             raise _Again("the server was silent or too slow") from error
         except aiohttp.ClientSSLError as error:
@@ -294,6 +321,8 @@ def _run(loop: Any, coroutine: Coroutine[Any, Any, Any]) -> Any:
             raise _Again("the body was cut off") from error
         except (aiohttp.ClientError, ConnectionError) as error:
             raise _Again(f"the connection failed ({type(error).__name__})") from error
+        except ValueError as error:  # a header that is no number, no text, no address
+            raise Unreachable(f"an answer that cannot be read ({type(error).__name__})") from error
 
     return sync(loop, translated)
 
@@ -302,13 +331,13 @@ def _redirected(start: Any, at: Any, location: str) -> Any:
     """Where a redirect leads: the same scheme, host and port as at the start, or https instead of http."""
     try:
         target = at.join(type(at)(location))
-        same = target.host == start.host and not target.user
+        same = target.host == start.host and target.raw_user is None and target.raw_password is None
         upgrade = (start.scheme, start.port, target.scheme, target.port) == ("http", 80, "https", 443)
         if same and (upgrade or target.origin() == start.origin()):
             return target
     except ValueError as error:
         raise Unreachable("a redirect to nowhere") from error
-    raise Unreachable(f"a redirect to another host or port, {target.host}:{target.port}, is not followed")
+    raise Unreachable("a redirect to another host or port, or with a password, is not followed")
 
 
 def _check(answer: Any) -> None:
@@ -328,11 +357,15 @@ def _check_same(answer: Any, seen: Seen) -> None:
     if not (etag == seen.etag or (dated and not etag)):
         raise Unreachable("the file changed on the server while it was fetched: start again")
     if whole and answer.headers.get("Content-Length", str(seen.size)) != str(seen.size):
-        raise Unreachable(f"the server sends {answer.headers['Content-Length']} bytes, and had said {seen.size}")
+        raise Unreachable(f"the server sends another number of bytes than the {seen.size} it had said")
 
 
 def _etag(answer: Any) -> str:
     return answer.headers.get("ETag") or answer.headers.get("Last-Modified") or ""
+
+
+def _token() -> str:
+    return os.environ.get(TOKEN, "").strip()
 
 
 _down: set[str] = set()  # hosts that refused every attempt: a thousand shards need not wait for each

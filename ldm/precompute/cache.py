@@ -37,6 +37,7 @@ from ldm.data.cache import (
     row_sums,
     sample_digests,
     seal,
+    sources_of,
 )
 from ldm.data.datamodule import DataModule
 from ldm.data.order import Ids
@@ -47,7 +48,8 @@ from ldm.types import Batch
 
 Autoencoder = AutoencoderKL | Identity
 Record = dict[str, Any]
-RECORDS = ".pieces"  # the folder of what is known of finished pieces, until cache.json has it
+RECORDS = ".pieces"  # the folder of what is known of each finished piece; cache.json can be made of it again
+_OF_A_RECORD = {"kind", "count", "bytes", "sha256"}
 
 
 class Piece(Protocol):
@@ -72,7 +74,7 @@ class Piece(Protocol):
 
 @dataclass(frozen=True)
 class MomentsPiece:
-    """Samples of one shard and one size. source: sha256 of the shard.   keys, digests: of the samples.
+    """Samples of one shard and one size. source: the shard's, see `sources_of`.   keys, digests: of the samples.
 
     batches: opens a stream of them, slots 0, 1, ...
     """
@@ -156,8 +158,8 @@ def _refuse_non_finite(exact: Tensor, stored: Tensor, keys: Sequence[str], dtype
 
 
 def cut_rows(ids: Ids, row_bytes: int, piece_mb: float) -> list[Ids]:
-    """Runs of nearly equal length, of at most about `piece_mb` megabytes."""
-    return np.array_split(ids, max(1, math.ceil(len(ids) * row_bytes / (piece_mb * 2**20))))
+    """Runs of nearly equal length, of at most about `piece_mb` megabytes, and of one row at least."""
+    return np.array_split(ids, min(len(ids), math.ceil(len(ids) * row_bytes / (piece_mb * 2**20))))
 
 
 # ---- the folder
@@ -171,20 +173,30 @@ class Folder:
     identity: Mapping[str, Any]
 
     def claim(self) -> None:
-        """Make the folder. Raises LdmError, `EXISTS`, if it holds anything else, with a line for each difference."""
+        """Make the folder, and remove what processes of this host that were killed left in it.
+
+        Raises LdmError, `EXISTS`, if it holds anything else, with a line for each difference.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
         plan = json.loads(json.dumps(self.identity))
-        for name in (FILE, f"{RECORDS}/plan.json"):
-            with suppress(OSError, ValueError):
-                found = files.read_json(self.path / name)
-                other = [key for key in plan if found.get(key) != plan[key]]
-                raise_all([self._another(key, found.get(key), plan[key]) for key in other])
-                return
+        found = self._finished() or _mapping(self.path / RECORDS / "plan.json")
+        if found:
+            other = [key for key in plan if found.get(key) != plan[key]]
+            raise_all([self._another(key, found.get(key), plan[key]) for key in other])
+            for folder in (self.path, self.path / RECORDS):
+                if folder.is_dir():
+                    files.remove_leftovers(folder, locked=False)
+            return
         if there := sorted(entry.name for entry in self.path.iterdir() if entry.name != RECORDS):
             what = f"OUT is not empty: {', '.join(there[:3])}"
             raise LdmError("EXISTS", what, where=str(self.path), next="choose another OUT")
         (self.path / RECORDS).mkdir(exist_ok=True)
         files.replace_file(self.path / RECORDS / "plan.json", files.json_bytes(plan))
+
+    def _finished(self) -> Record:
+        """The content of cache.json; empty unless it is as it was written."""
+        found = _mapping(self.path / FILE)
+        return found if seal({key: value for key, value in found.items() if key != "digest"}) == found else {}
 
     def _another(self, key: str, found: Any, wanted: Any) -> LdmError:
         shown = [text if len(text) < 100 else f"{text[:97]}..." for text in (json.dumps(found), json.dumps(wanted))]
@@ -193,12 +205,11 @@ class Folder:
 
     def records(self, pieces: Sequence[Piece]) -> dict[str, Record]:
         """What is known of finished pieces, in their order."""
-        known: dict[str, Record] = {}
-        with suppress(OSError, ValueError, KeyError):
-            known = files.read_json(self.path / FILE)["files"]
+        known: dict[str, Record] = dict(self._finished().get("files", {}))
         for piece in pieces:
-            with suppress(OSError, ValueError):
-                known[piece.name] = files.read_json(self._record(piece.name))
+            record = _mapping(self._record(piece.name))
+            if record.keys() >= _OF_A_RECORD:
+                known[piece.name] = record
         return {piece.name: known[piece.name] for piece in pieces if piece.name in known}
 
     def _record(self, name: str) -> Path:
@@ -235,9 +246,15 @@ class Folder:
             return None
         about = seal({**json.loads(json.dumps(self.identity)), **_totals(records.values()), "files": records})
         files.replace_file(self.path / FILE, files.json_bytes(about))
-        files.remove_leftovers(self.path)
-        files.remove_tree(self.path / RECORDS)
         return about
+
+
+def _mapping(path: Path) -> Record:
+    """A JSON object; empty where there is none that can be read."""
+    with suppress(OSError, ValueError):
+        found = files.read_json(path)
+        return found if isinstance(found, dict) else {}
+    return {}
 
 
 def _totals(records: Iterable[Record]) -> Record:
@@ -278,11 +295,10 @@ def write_cache(
 
 @dataclass(frozen=True)
 class Settings:
-    """How a cache is written. piece_mb: size of a file, about.   text: embeddings, too."""
+    """How a cache is written. piece_mb: size of a file, about."""
 
     dtype: str = "float32"
     flipped: bool = False
-    text: bool = False
     batch_size: int = 32
     piece_mb: float = 256.0
 
@@ -297,7 +313,7 @@ def moments_pieces(data: DataModule, autoencoder: Autoencoder, settings: Setting
     number = count()
     for split in ("train", "val") if data.num_val else ("train",):
         dataset, assigned = data.dataset(split), data.assigned(split)
-        digests = sample_digests(dataset)
+        digests, sources = sample_digests(dataset), sources_of(dataset)
         for shard, ids in by_shard(dataset):
             for bucket in range(1 if assigned is None else len(assigned)):
                 mine = ids if assigned is None else ids[assigned.of[ids] == bucket]
@@ -308,7 +324,7 @@ def moments_pieces(data: DataModule, autoencoder: Autoencoder, settings: Setting
                 for rows in cut_rows(mine, row_bytes, settings.piece_mb):
                     yield MomentsPiece(
                         name=f"moments-{next(number):06d}.safetensors",
-                        source=dataset.manifest[shard][1],
+                        source=sources[shard][1],
                         keys=[dataset.keys[i] for i in rows.tolist()],
                         digests=digests[rows],
                         batches=partial(data.encode_dataloader, split, settings.batch_size, chosen=rows),
@@ -326,6 +342,8 @@ def identity(
     text: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     """All that the bytes of a cache depend on, but for the hardware."""
+    sets = [data.dataset(split) for split in (("train", "val") if data.num_val else ("train",))]
+    sources = dict.fromkeys(row for dataset in sets for row in sources_of(dataset))
     samples = hashlib.sha256()
     for piece in pieces:
         samples.update(piece.fingerprint)  # however they are cut into files
@@ -337,7 +355,7 @@ def identity(
         "flipped": settings.flipped,
         "batch_size": settings.batch_size,
         "piece_mb": settings.piece_mb,
-        "sources": [{"name": name, "sha256": sha256} for name, sha256 in data.manifest],
+        "sources": [{"name": name, "sha256": sha256} for name, sha256 in sources],
         "samples": samples.hexdigest(),
         "text": text,
         "versions": {"ldm": ldm.__version__, "torch": torch.__version__},

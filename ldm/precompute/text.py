@@ -123,14 +123,14 @@ class TextPiece:
 
 def text_pieces(encoders: Mapping[str, nn.Module], texts: Sequence[str], settings: Settings) -> Iterator[TextPiece]:
     """texts: each once, see `unique`."""
-    row_bytes = sum(prod(shape) for shape in fields_of(encoders).values()) * DTYPES[settings.dtype].itemsize
+    row_bytes = sum(prod(shape) for shape in shapes_of(encoders).values()) * DTYPES[settings.dtype].itemsize
     for number, rows in enumerate(cut_rows(np.arange(len(texts)), row_bytes, settings.piece_mb)):
         name = f"text-{number:06d}.safetensors"
         yield TextPiece(name, [texts[i] for i in rows.tolist()], encoders, settings.dtype, settings.batch_size)
 
 
 @torch.no_grad()
-def fields_of(encoders: Mapping[str, nn.Module]) -> dict[str, list[int]]:
+def shapes_of(encoders: Mapping[str, nn.Module]) -> dict[str, list[int]]:
     """The shape of a row of every field that the encoders give."""
     found: dict[str, list[int]] = {}
     for name, encoder in encoders.items():

@@ -1,6 +1,7 @@
 """Shards over http, from a real server on this machine that stalls, cuts, lies and changes its mind."""
 
 import http.server
+import inspect
 import itertools
 import json
 import os
@@ -345,6 +346,18 @@ def test_a_host_that_is_down_is_not_waited_for_a_thousand_times(server, remote, 
     assert line.count("data.remote.offline=true uses the copy in the cache") == 1
 
 
+def test_a_host_that_swallows_connections_is_down_as_well(remote, quick):
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as full, socket.socket() as first, socket.socket() as second:
+        for client in (first, second):  # its queue is full: the system answers no further one
+            client.setblocking(False)
+            client.connect_ex(full.getsockname())
+        far = remote(timeout_s=0.2, retries=1)
+        urls = [f"http://127.0.0.1:{full.getsockname()[1]}/{n}.tar" for n in range(2)]
+        lines = [refusal(url, far) for url in urls]
+    assert "0.tar: no connection (no answer); attempt 2 of 2" in lines[0]
+    assert "1.tar: no connection (no answer); attempt 1 of 2" in lines[1] and quick == [0.5]
+
+
 # ---- a server that lies
 
 
@@ -400,17 +413,29 @@ def no_etag(handler, data, start, stop):
     return handler.part(data, start, stop, ETag="") or True
 
 
+def digits(handler, data, start, stop):
+    return handler.part(data, start, stop, Content_Range=f"bytes {start}-{stop - 1}/{'1' * 5000}") or True
+
+
+def other_digits(handler, data, start, stop):
+    """Arabic ones, which int() reads."""
+    total = "".join(chr(0x660 + int(digit)) for digit in str(len(data))).encode().decode("latin-1")
+    return handler.part(data, start, stop, Content_Range=f"bytes {start}-{stop - 1}/{total}") or True
+
+
 LIES = {
     other_range: "another range",
     other_total: "another range",
     no_range: "another range",
     less_than_asked: "another range",
     longer_body: "more than bytes",
-    longer_file: "bytes, and had said",
+    longer_file: "another number of bytes",
     endless: "more than bytes",
     compressed: "compresses",
     other_etag: "changed on the server",
     no_etag: "changed on the server",
+    digits: "another range",
+    other_digits: "another range",
 }
 
 
@@ -435,6 +460,28 @@ def test_a_size_is_needed(server, remote, shards, head, words):
 def test_a_page_instead_of_a_shard(server, remote):
     server.files["/train-000000.tar"] = b"<!doctype html><title>Sign in</title>" + b" " * 2000
     assert "train-000000.tar" in (line := refusal(server.url("train-000000.tar"), remote())) and "HTML" in line
+
+
+@pytest.mark.parametrize("etag", ['"\xff\xfe"', '"\xc3\xa9"', '"a\tb"'])
+def test_an_etag_is_any_bytes(server, remote, shards, etag, monkeypatch):
+    monkeypatch.setattr(Handler, "etag", lambda *_: etag)
+    server.serve(shards)
+    before = open_dataset(server.url(ALL), remote=remote())
+    assert before.num_samples == 78 and not any("If-Range" in headers for _, _, headers in server.seen)
+    server.seen.clear()
+    assert open_dataset(server.url(ALL), remote=remote()).manifest == before.manifest and not server.gets()
+    assert open_dataset(server.url(ALL), remote=remote(offline=True)).manifest == before.manifest
+
+
+def test_an_answer_that_cannot_be_read(server, remote, shards, monkeypatch):
+    """Whatever a header makes Python's own functions raise."""
+
+    def raising(answer):
+        raise UnicodeEncodeError("utf-8", "secret", 0, 1, "surrogates not allowed")
+
+    monkeypatch.setattr(web, "_etag", raising)
+    line = refusal(server.serve(shards).url("train-000000.tar"), remote())
+    assert "train-000000.tar: an answer that cannot be read (UnicodeEncodeError)" in line and "secret" not in line
 
 
 @pytest.mark.parametrize("how", ["etag", "date", "if-range", "whole"])
@@ -518,6 +565,18 @@ def test_hosts_must_be_allowed(server, remote, shards):
         with pytest.raises(LdmError, match=rf"data\.remote\.{key}"):
             remote(**{key: value})
     assert remote(allow="Example.org").allow == ("example.org",)
+    infinite, no_number = float("inf"), float("nan")
+    for key, values in {
+        "allow": [5, [5], None, {"a": 1}, b"h"],
+        "cache_dir": [5, True],
+        "cache_gb": ["5", True, infinite, no_number, 10**400, -1],
+        "retries": [0.5, 3.0, True, "3", None, 10**400],
+        "timeout_s": [infinite, no_number, 0, True, "30"],
+        "offline": ["no", 0, None],
+    }.items():
+        for value in values:
+            with pytest.raises(LdmError, match=rf"CONFIG.*data\.remote\.{key}"):
+                remote(**{key: value})
     assert remote(allow=["::1", "[0:0::2]"]).allow == ("[::1]", "[::2]")
 
 
@@ -545,6 +604,9 @@ def test_hosts_must_be_allowed(server, remote, shards):
         "http://h:99999/a.tar": "without a plain host name",
         "http://[::1/a.tar": "without a plain host name",
         "http://hé/a.tar": "without a plain host name",
+        "http://h/.tar": "not the name of a .tar",
+        "http://h/x/..TAR": "not the name of a .tar",
+        f"http://h/a{'.' * 300}.tar": "not the name of a .tar",
     }.items(),
 )
 def test_urls(url, words, remote):
@@ -563,10 +625,8 @@ def test_names_and_ports():
     assert str(web.parse_url("HTTPS://H.org:443/x/a%20b.tar", "")) == "https://h.org/x/a%20b.tar"
     assert str(web.parse_url("http://[::1]:8080/a.tar", "")) == "http://[::1]:8080/a.tar"
     assert web.parse_url("http://h/x/a%20b=.tar", "").name == "a_20b_.tar"
-    assert (
-        web.parse_url("http://h/.tar", "").name == "tar"
-        and len(web.parse_url(f"http://h/{'a' * 999}.tar", "").name) == 200
-    )
+    assert web.parse_url("http://h/.a.tar", "").name == "a.tar"
+    assert len(web.parse_url(f"http://h/{'a' * 999}.tar", "").name) == 200
 
 
 @pytest.fixture
@@ -585,7 +645,17 @@ def found(monkeypatch):
 
 
 PRIVATE = ["10.0.0.5", "127.0.0.1", "169.254.169.254", "192.168.1.1", "0.0.0.0", "::1", "fe80::1%eth0", "fd00::1"]
-PRIVATE += ["::ffff:10.0.0.5", "224.0.0.1", "100.64.0.1"]
+PRIVATE += ["224.0.0.1", "100.64.0.1"]
+
+
+INSIDE = {  # an IPv4 address that an IPv6 address stands for
+    "::ffff:10.0.0.5": "10.0.0.5",
+    "64:ff9b::a9fe:a9fe": "169.254.169.254",
+    "2002:a00:5::1": "10.0.0.5",
+    "::127.0.0.1": "127.0.0.1",
+    "::10.0.0.5": "10.0.0.5",
+}
+PRIVATE += [*INSIDE, "64:ff9b:1::a00:5", "fec0::1", "2001:0:4136:e378:8000:63bf:f5ff:fffa", "::"]
 
 
 @pytest.mark.parametrize("place", PRIVATE)
@@ -593,7 +663,7 @@ def test_private_addresses_are_refused(found, remote, place):
     places, _ = found
     places["data.example.org"] = ["93.184.216.34", place]
     line = refusal("http://data.example.org/a.tar", remote(allow=["data.example.org"]))
-    address = place.removeprefix("::ffff:").partition("%")[0]
+    address = INSIDE.get(place, place.partition("%")[0])
     assert f"private address {address}" in line and "data.remote.allow" in line
     named = frozenset(["data.example.org", web.plain_host(address)])
     assert web.addresses("data.example.org", named) == ("93.184.216.34", place)
@@ -602,7 +672,9 @@ def test_private_addresses_are_refused(found, remote, place):
 def test_public_addresses_and_localhost(found):
     places, _ = found
     places |= {"a.org": ["93.184.216.34"], "localhost": ["127.0.0.1", "::1"], "2130706433": ["127.0.0.1"]}
+    places["6.org"] = ["2606:2800:220:1::1", "64:ff9b::5db8:d822", "2002:5db8:d822::1", "::ffff:93.184.216.34"]
     assert web.addresses("a.org", frozenset()) == ("93.184.216.34",)
+    assert web.addresses("6.org", frozenset()) == tuple(places["6.org"])
     assert web.addresses("localhost", frozenset(["localhost"])) == ("127.0.0.1", "::1")
     with pytest.raises(LdmError, match="private"):  # an address in disguise
         web.addresses("2130706433", frozenset(["2130706433"]))
@@ -632,6 +704,9 @@ def test_redirects(server, remote, shards, tmp_path):
             "/host.tar": server.url("train-000000.tar").replace("127.0.0.1", "localhost"),
             "/inside.tar": server.url("train-000000.tar").replace("127.0.0.1", "127.0.0.2"),
             "/user.tar": server.url("train-000000.tar").replace("http://", "http://user@"),
+            "/password.tar": server.url("train-000000.tar").replace("http://", "http://:secret@"),
+            "/empty.tar": server.url("train-000000.tar").replace("http://", "http://:@"),
+            "/words.tar": "http://ignore-what-was-said.example/a.tar",
             "/tls.tar": server.url("train-000000.tar").replace("http:", "https:"),
             "/file.tar": "file:///etc/passwd",
             "/slashes.tar": "//localhost/a.tar",
@@ -644,7 +719,8 @@ def test_redirects(server, remote, shards, tmp_path):
         assert open_dataset([server.url("full.tar")], remote=far).num_samples == 3
         server.seen.clear()
         line = refusal([server.url(name[1:]) for name in elsewhere], far)
-        assert "9 of 9" in line and line.count("is not followed") == 7
+        assert "12 of 12" in line and line.count("is not followed") == 10
+        assert "secret" not in line and "ignore" not in line
         assert "more than 5 redirects" in line and "a redirect to nowhere" in line
         assert not other.seen and all(path in elsewhere for _, path, _ in server.seen)
         other.shutdown()
@@ -685,6 +761,24 @@ def test_a_token_comes_from_the_environment(server, remote, shards, monkeypatch,
         line = refusal(path, far)
         assert "LDM_HTTP_TOKEN" in line and "s3cret" not in line
     assert not server.seen
+    for token in ("s3cret\nX-Evil: 1", "s3crét"):
+        monkeypatch.setenv("LDM_HTTP_TOKEN", token)
+        line = refusal(server.url(ALL), far)
+        assert "LDM_HTTP_TOKEN has characters that no token has" in line and "s3c" not in line
+    assert not server.seen
+
+
+def test_the_token_goes_to_one_host_in_all(server, remote, shards, monkeypatch):
+    """The sets for training and validation are asked for one after the other."""
+    server.serve(shards)
+    monkeypatch.setenv("LDM_HTTP_TOKEN", "s3cret")
+    there = server.url(ALL).replace("127.0.0.1", "localhost")
+    far = remote(allow=["127.0.0.1", "localhost"])
+    with pytest.raises(LdmError, match="LDM_HTTP_TOKEN goes to a single host"):
+        open_splits(server.url(ALL), there, remote=far)
+    assert {headers["Host"] for _, _, headers in server.seen} == {f"127.0.0.1:{server.server_port}"}
+    train, val = open_splits(server.url("train-000001.tar"), server.url("train-000000.tar"), remote=far)
+    assert (train.num_samples, val.num_samples) == (70, 3)
 
 
 def test_tls_is_verified(server, remote, shards, tmp_path):
@@ -729,6 +823,82 @@ print(open_dataset(sys.argv[1], remote=Remote(allow=["127.0.0.1"], cache_dir=sys
     assert [process.communicate(timeout=60)[0] for process in running] == [b"78\n"] * 3
     assert len(server.gets()) == len(set(server.gets()))
     assert sum(method == "HEAD" for method, _, _ in server.seen) == 9
+
+
+def test_those_who_waited_for_a_failure_do_not_repeat_it(server, remote, shards, monkeypatch, tmp_path):
+    monkeypatch.setattr("ldm.data.remote._PATIENCE_S", 60)
+    server.serve(shards)
+    runs = [remote(timeout_s=5) for _ in range(3)]
+    (path,) = {run.paths([server.url("train-000000.tar")])[0] for run in runs}
+    go, reasons = threading.Event(), []
+    server.faults.extend([lambda *args: go.wait(5) and unavailable(*args), unavailable, unavailable])
+
+    def wait(run):
+        with pytest.raises(web.Unreachable) as failed:
+            run.ensure(path)
+        reasons.append(str(failed.value))
+
+    threads = [threading.Thread(target=wait, args=(run,)) for run in runs]
+    for thread in threads:
+        thread.start()
+    threading.Event().wait(0.3)  # all are at the lock
+    go.set()
+    for thread in threads:
+        thread.join()
+    assert reasons == ["the server answers 503 Service Unavailable; attempt 3 of 3"] * 3 and len(server.gets()) == 3
+    with pytest.raises(web.Unreachable, match="503"):  # and who comes a moment later
+        runs[1].ensure(path)
+    assert len(server.gets()) == 3
+    # a run that begins afterwards has its own attempts, and what is there is there for all
+    assert open_dataset(server.url("train-000000.tar"), remote=remote()).num_samples == 3
+    assert runs[0].ensure(path) is None and not list((tmp_path / "cache").rglob("failed.json"))
+
+
+def test_quick_refusals_are_not_passed_on(server, remote, shards, monkeypatch, tmp_path):
+    """Another run may have another cache_gb, or another token."""
+    monkeypatch.setattr("ldm.data.remote._PATIENCE_S", 60)
+    server.serve(shards)
+    one, other = remote(), remote()
+    (path,) = {run.paths([server.url("train-000000.tar")])[0] for run in (one, other)}
+    server.faults.append(lambda handler, *_: handler.reply(403, b"") or True)
+    for _ in range(2):
+        with pytest.raises(web.Unreachable, match="403"):
+            one.ensure(path)
+    assert len(server.gets()) == 1
+    other.ensure(path)
+    assert path.exists()
+
+
+def test_a_silent_server_makes_bad_samples_before_the_loader_gives_up():
+    """By default, each attempt being as slow as it may be."""
+    from ldm.data.loader import Stream
+
+    ours = {name: given.default for name, given in inspect.signature(Remote).parameters.items()}
+    pauses = [0.5 * 2**attempt for attempt in range(ours["retries"])]
+    longest = (1 + ours["retries"]) * 2 * ours["timeout_s"] + sum(pauses)
+    assert longest < inspect.signature(Stream).parameters["timeout_s"].default - 30
+
+
+def test_a_shard_changes_its_name_under_the_lock_of_the_cache(server, remote, shards, tmp_path, monkeypatch):
+    """Who adds up what lies there would else see it under neither name."""
+    import fcntl
+
+    server.serve(shards)
+    replace, held = os.replace, []
+
+    def watched(source, target):
+        if str(target).endswith(".tar"):
+            with open(tmp_path / "cache" / "lock", "ab") as lock:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    held.append(False)
+                except BlockingIOError:
+                    held.append(True)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", watched)
+    open_dataset(server.url(ALL), remote=remote())
+    assert held == [True] * 3
 
 
 def test_a_crash_leaves_nothing_that_is_taken_for_whole(server, remote, shards, tmp_path):
@@ -873,6 +1043,19 @@ def test_offline(server, remote, shards, tmp_path):
     line = refusal(server.url("train-{000002..000003}.tar"), there)
     assert "1 of 2" in line and "train-000003.tar: not in the cache, and data.remote.offline=true" in line
     assert not server.seen
+    # what is damaged counts as never written
+    notes = {note: note.read_text() for note in (tmp_path / "cache").rglob("entry.json")}
+    whole = json.loads(next(iter(notes.values())))
+    damaged = [{**whole, key: value} for key in whole for value in (None, [], True)]
+    for text in ["[]", "5", "{}", "null", "[" * 10**5, "\0", *map(json.dumps, damaged)]:
+        for note in notes:
+            note.write_text(text)
+        assert "3 of 3" in refusal(server.url(ALL), there)
+    for note in notes:
+        note.write_text(json.dumps({**whole, "etag": "\ud800"}))
+    assert "3 of 3" in refusal(server.url(ALL), there)
+    for note, text in notes.items():
+        note.write_text(text)
     # of two versions the one that came last
     write_tar(tmp_path / "new.tar", sample(900))
     server.files["/train-000000.tar"] = (tmp_path / "new.tar").read_bytes()

@@ -1,15 +1,20 @@
 """Several gloo processes against one: the same batches, draws and losses, weights equal to rounding."""
 
+import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from ldm.checkpoints.store import Store
-from tests.integration.tiny import command, first_difference, history, metrics, overrides, start
+from ldm.training.launch import _free_port as free_port
+from tests.integration.tiny import ROOT, command, first_difference, history, metrics, overrides, start
 
 pytestmark = pytest.mark.slow
 
@@ -43,6 +48,50 @@ def test_processes_equal_one(shards, tmp_path, devices, accumulate):
         left, right = a.tensors("ema"), b.tensors("ema")
         for name in left:
             np.testing.assert_allclose(left[name], right[name], rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+_IN_DOUBLE = """
+import json, sys, torch
+torch.set_default_dtype(torch.float64)
+from ldm.cli import compose
+from ldm.data import loader
+from ldm.data.transforms import to_images
+from ldm.training.fit import train
+loader.to_images = lambda pixels: to_images(pixels).double()
+if __name__ == "__main__":
+    train(compose("train", json.loads(sys.argv[1])))
+"""
+
+
+def test_weights_in_float64_equal_to_rounding(shards, tmp_path):
+    """AdamW, both stages, two ranks against one: what differs is the order of summation, and nothing else."""
+    (tmp_path / "double.py").write_text(_IN_DOUBLE)
+    more = ["stage.diffusion.cache_latents_mb=0", "stage.autoencoder.ema=null", "stage.diffusion.ema=null"]
+
+    def run(folder, ranks):
+        for stage in ("autoencoder", "diffusion"):
+            port, running = free_port(), []
+            for rank in range(ranks):
+                words = overrides(shards, tmp_path / folder, *more, f"stages=[{stage}]", "trainer.accelerator=cpu")
+                place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "PYTHONPATH": str(ROOT)}
+                place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+                command = [sys.executable, str(tmp_path / "double.py"), json.dumps(words)]
+                options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "cwd": ROOT}
+                running.append(subprocess.Popen(command, env={**os.environ, **place}, **options))
+            said = [process.communicate(timeout=250)[0] for process in running]
+            assert not any(process.returncode for process in running), said
+
+    run("one", 1)
+    run("two", 2)
+    for stage in ("autoencoder", "diffusion"):
+        a, b = (
+            Store(tmp_path / folder / "tiny" / stage / "ckpt").newest().tensors("model") for folder in ("one", "two")
+        )
+        assert a.keys() == b.keys()
+        for name, weight in a.items():
+            if weight.is_floating_point() and not name.startswith("statistics"):
+                assert weight.dtype == torch.float64, name
+                np.testing.assert_allclose(weight, b[name], rtol=1e-9, atol=1e-11, err_msg=f"{stage} {name}")
 
 
 def test_another_batch_would_be_noticed(shards, tmp_path):

@@ -1,21 +1,26 @@
 """Caches of latents and texts: what is written is what encoding gives, and nothing else than that is ever read."""
 
+import io
 import json
 import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
-from ldm.data.cache import Cache, preprocessing_of, row_sums, tables_of, text_hash
+from ldm.data.cache import Cache, preprocessing_of, row_sums, sources_of, tables_of, text_hash
 from ldm.data.captions import Captions
 from ldm.data.datamodule import DataModule
+from ldm.data.index import MEMBER, Index
 from ldm.data.moments import MomentTables
 from ldm.data.shards import open_dataset
-from ldm.data.transforms import Transform
+from ldm.data.transforms import PIXELS, Transform
 from ldm.errors import LdmError
 from ldm.models.autoencoder.identity import Identity
 from ldm.models.autoencoder.kl import AutoencoderKL
@@ -23,7 +28,7 @@ from ldm.models.conditioner.class_label import ClassLabel
 from ldm.models.conditioner.compose import Compose, condition
 from ldm.models.conditioner.open_clip import OpenClipText
 from ldm.models.conditioner.text_transformer import TextTransformer
-from ldm.precompute.cache import RECORDS, Folder, Settings, identity, moments_pieces, write_cache
+from ldm.precompute.cache import RECORDS, Folder, Settings, cut_rows, identity, moments_pieces, write_cache
 from ldm.precompute.text import encoder_ids, remembered, text_encoders, text_pieces, texts_of, unique
 from ldm.random import Draws
 from tests.data.making import picture, sample, write_shards, write_tar
@@ -76,7 +81,7 @@ def cached(place):
 
 
 def content(folder):
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def take(stream, count):
@@ -188,14 +193,15 @@ def test_buckets_have_files_of_their_own(tmp_path):
         cache.moments(found.dataset("train")).take(np.arange(3), np.zeros(3, bool))
 
 
-def test_a_million_samples_are_found_by_arrays(tmp_path):
-    """Places of 200,000 samples within a second; nothing but arrays is kept, 25 bytes a sample."""
+def test_200_000_samples_are_found_by_arrays(tmp_path):
+    """Nothing but arrays is kept, 25 bytes a sample."""
     count = 200_000
 
     class Many:
         num_samples = count
         shard_lengths = np.array([count])
         manifest = (("a.tar", "a" * 64),)
+        indexes = (Index(members=np.zeros((count, 3), MEMBER)),)
         digests = np.random.default_rng(0).permutation(count).astype(np.uint64)
         keys = range(count)
 
@@ -215,7 +221,8 @@ def test_a_million_samples_are_found_by_arrays(tmp_path):
         from ldm.checkpoints.files import Digesting
 
         write_tensors(Digesting(file), tensors)
-    entry = {"kind": "moments", "source": "a" * 64, "bytes": os.path.getsize(folder / "moments-000000.safetensors")}
+    size = os.path.getsize(folder / "moments-000000.safetensors")
+    entry = {"kind": "moments", "source": sources_of(Many())[0][1], "bytes": size}
     about = {"format": 1, "finite": True, "flipped": False, "files": {"moments-000000.safetensors": entry}}
     (folder / "cache.json").write_text(json.dumps(seal(about)))
     moments = Cache.open(folder).moments(Many())
@@ -261,7 +268,7 @@ def test_a_stopped_command_goes_on(place, cached, tmp_path, monkeypatch, after):
     write(place, tmp_path / "c", flipped=True)
     assert content(tmp_path / "c") == content(cached)
     assert (sum(made) < 2 * 28) is (after > 0)  # pictures and mirror images
-    assert not (tmp_path / "c" / RECORDS).exists()
+    assert not list((tmp_path / "c").rglob(".tmp-*"))
 
 
 def flip_byte(path, at=-9):
@@ -279,6 +286,7 @@ def replace_in(path, old, new):
     path.write_bytes(path.read_bytes().replace(old, new))
 
 
+RECORD = f"{RECORDS}/moments-000001.safetensors.json"
 DAMAGE = {
     "file deleted": lambda c: (c / "moments-000001.safetensors").unlink(),
     "file cut off": lambda c: cut_off(c / "moments-000001.safetensors"),
@@ -286,20 +294,62 @@ DAMAGE = {
     "cache.json changed": lambda c: replace_in(c / "cache.json", b'"finite": true', b'"finite": 1'),
     "cache.json no longer JSON": lambda c: (c / "cache.json").write_text("{"),
     "cache.json of another program": lambda c: (c / "cache.json").write_text("[1]"),
+    "cache.json says another type": lambda c: replace_in(c / "cache.json", b'"float32"', b'"float33"'),
+    "cache.json and a file": lambda c: ((c / "cache.json").unlink(), cut_off(c / "moments-000001.safetensors")),
+    "cache.json and a record": lambda c: ((c / "cache.json").unlink(), (c / RECORD).write_text("[]")),
 }
 
 
 @pytest.mark.parametrize("name", DAMAGE)
-def test_what_is_damaged_is_named_and_mended(place, cached, tmp_path, name):
+def test_what_is_damaged_is_named_and_mended(place, cached, tmp_path, name, monkeypatch):
+    """By the command that the message names, which encodes nothing but the file that is damaged."""
     folder = shutil.copytree(cached, tmp_path / "c")
     DAMAGE[name](folder)
     with pytest.raises(LdmError, match="CACHE") as refused:
         Cache.open(folder)
     assert refused.value.exit_code == 2 and "command" in refused.value.next
-    if "cache.json" not in name:
-        assert "moments-000001" in refused.value.line()
+    assert ("moments-000001" in refused.value.line()) is ("cache.json" not in name)
+    written = []
+    original = Folder.write
+    monkeypatch.setattr(Folder, "write", lambda self, piece: written.append(piece.name) or original(self, piece))
+    write(place, folder, flipped=True)
+    assert content(folder) == content(cached)
+    assert written == ["moments-000001.safetensors"] * ("file" in name or "record" in name)
+
+
+def test_a_damaged_cache_is_not_mended_by_another_command(place, cached, tmp_path):
+    folder = shutil.copytree(cached, tmp_path / "c")
+    (folder / "cache.json").unlink()
+    before = content(folder)
+    with pytest.raises(LdmError, match="OUT holds another cache: dtype was"):
+        write(place, folder, flipped=True, dtype="float16")
+    shutil.rmtree(folder / RECORDS)  # now nothing says what the files are
+    with pytest.raises(LdmError, match="OUT is not empty: moments-000000"):
         write(place, folder, flipped=True)
-        assert content(folder) == content(cached)
+    assert content(folder) == {name: data for name, data in before.items() if RECORDS not in name}
+
+
+def test_files_in_the_making_on_other_hosts_are_left_alone(place, cached, tmp_path):
+    """No process here has the number of one that was killed here, or that writes on another host."""
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    write(place, tmp_path / "c", flipped=True, rank=1, world_size=2)
+    names = [f".tmp-moments-000000.safetensors@{host}-{dead.pid}" for host in (os.uname().nodename, "another-node-7")]
+    for name in names:
+        (tmp_path / "c" / name).touch()
+        (tmp_path / "c" / RECORDS / name).touch()
+    write(place, tmp_path / "c", flipped=True, rank=0, world_size=2)
+    left = {name for name in content(tmp_path / "c") if ".tmp" in name}
+    assert left == {names[1], f"{RECORDS}/{names[1]}"}
+    for name in left:
+        (tmp_path / "c" / name).unlink()
+    assert content(tmp_path / "c") == content(cached)
+
+
+def test_a_row_that_is_larger_than_a_file_may_be_has_one_of_its_own(place, tmp_path):
+    about = write(place, tmp_path / "c", piece_mb=0.0001)
+    assert [entry["count"] for entry in about["files"].values()] == [1] * 28
+    assert [rows.tolist() for rows in cut_rows(np.arange(3), 2**30, 256)] == [[0], [1], [2]]
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
@@ -454,7 +504,34 @@ def test_a_manifest_that_admits_it_is_refused(cached, tmp_path):
 
 def test_what_the_rows_depend_on_is_compared():
     """Every setting of a Transform but the two that belong to a run: a new one cannot be forgotten."""
-    assert set(preprocessing_of(Transform(8))) == {*vars(Transform(8)), "bucket"} - {"flip_prob", "key"}
+    assert set(preprocessing_of(Transform(8))) == {*vars(Transform(8)), "bucket", "pixels"} - {"flip_prob", "key"}
+
+
+def test_other_pixels_have_another_number(cached, monkeypatch):
+    """What a picture becomes today. Where this fails, raise PIXELS, and write down the new numbers."""
+    image = Image.open(io.BytesIO(picture(0, (13, 9)))).convert("RGB")
+    wanted = np.array([[174, 122, 108], [133, 135, 105], [161, 99, 158], [98, 102, 162]])
+    found = Transform(4)(image, np.full(3, 0.5, dtype=np.float32))[1].astype(int)
+    assert PIXELS == 2 and np.abs(found - wanted).max() <= 1  # processors round differently
+    monkeypatch.setattr("ldm.data.cache.PIXELS", PIXELS + 1)
+    lines = differences(Cache.open(cached), make_autoencoder().latent_id(), Transform(8))
+    assert len(lines) == 1 and "the version of decoding and resizing was 2, now 3" in lines[0]
+
+
+def test_a_text_that_changes_leaves_the_latents_valid(place, tmp_path):
+    """A folder is one shard; only its pictures count. One of them that changes is refused, whatever its time says."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for n in range(3):
+        (folder / f"{n}.png").write_bytes(picture(n))
+        (folder / f"{n}.txt").write_text("before")
+    write(tmp_path, tmp_path / "c", data=data_of(tmp_path))
+    (folder / "1.txt").write_text("another text")
+    assert (Cache.open(tmp_path / "c").moments(data_of(tmp_path).dataset("train")).rows >= 0).all()
+    assert write(tmp_path, tmp_path / "c", data=data_of(tmp_path)) is not None  # nor is the same command refused
+    (folder / "1.png").write_bytes(picture(9))
+    with pytest.raises(LdmError, match="data is not in the cache: the cache was made of another version of it"):
+        Cache.open(tmp_path / "c").moments(data_of(tmp_path).dataset("train"))
 
 
 # ---- texts
