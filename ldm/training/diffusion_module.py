@@ -104,7 +104,8 @@ class DiffusionModule(StageModule):
         if moments is None:
             with torch.autocast(self.device.type, enabled=False):  # as when the set is encoded once: in float32
                 moments = autoencoder.moments(batch.images)  # type: ignore[arg-type]
-        moments = moments.float()  # a cache may hold 16 bits
+        if moments.dtype.itemsize < 4:  # of a cache in half precision
+            moments = moments.float()
         shape = (autoencoder.latent_channels, *moments.shape[2:])
         noise = draws.normal(purpose, shape) if autoencoder.moment_channels > autoencoder.latent_channels else None
         return autoencoder.latents(moments, noise)
