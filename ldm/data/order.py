@@ -363,7 +363,7 @@ def check_cut(batch_size: int, world_size: int, accumulate: int) -> None:
     if accumulate < 1 or batch_size % (world_size * accumulate):
         valid = [r for r in range(1, batch_size + 1) if batch_size % (r * max(accumulate, 1)) == 0]
         raise LdmError(
-            "CONFIG",
+            "BATCH",
             f"a global batch of {batch_size} cannot be cut for {world_size} devices x {accumulate} micro-batches",
             where="stage.*.batch_size, stage.*.accumulate, trainer.devices",
             limit="devices x accumulate must divide the batch",

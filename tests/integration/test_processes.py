@@ -135,4 +135,4 @@ def test_a_dead_worker_ends_the_run(shards, tmp_path):
 
 def test_a_batch_that_cannot_be_cut_names_what_can(shards, tmp_path):
     code, output = command(words(shards, tmp_path, 2, "stage.autoencoder.batch_size=7", "stages=[autoencoder]"))
-    assert code == 2 and "batch_size 7" in output and "[1, 7]" in output, output
+    assert code == 2 and "global batch of 7" in output and "accumulate=1: 1, 7" in output, output
