@@ -33,7 +33,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ldm.errors import LdmError, check, nearest
+from benchmarks._options import read_options
+from ldm.errors import LdmError, check
 from ldm.models.unet.unet import UNet
 from ldm.types import Conditioning
 
@@ -209,15 +210,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def parse(arguments: Sequence[str]) -> dict[str, object]:
-    options: dict[str, object] = dict(OPTIONS)
-    for argument in arguments:
-        key, _, value = argument.partition("=")
-        check(key in options, "CONFIG", f"unknown key {key!r}", next=nearest(key, OPTIONS))
-        kind = type(OPTIONS[key])
-        try:
-            options[key] = value.lower() == "true" if kind is bool else kind(value)
-        except ValueError as problem:
-            raise LdmError("CONFIG", f"cannot read {argument!r}", limit=str(problem)) from None
+    options: dict[str, object] = read_options(arguments, OPTIONS)
     if options["device"] == "auto":
         options["device"] = "cuda" if torch.cuda.is_available() else "cpu"
     gpu = options["device"] == "cuda"

@@ -37,12 +37,13 @@ import numpy as np
 import torch
 from PIL import Image
 
+from benchmarks._options import read_options
 from ldm.data.cache import Cache
 from ldm.data.datamodule import DataModule
 from ldm.data.decode import decode_image
 from ldm.data.shards import Dataset, open_dataset
 from ldm.data.transforms import Transform
-from ldm.errors import LdmError, check, nearest
+from ldm.errors import LdmError, check
 from ldm.models.autoencoder.statistics import LatentStatistics
 from ldm.precompute.cache import Folder, Settings, identity, moments_pieces, write_cache
 
@@ -316,14 +317,7 @@ def cores() -> int:
 
 
 def parse(arguments: Sequence[str]) -> dict[str, Any]:
-    options = dict(OPTIONS)
-    for argument in arguments:
-        key, _, value = argument.partition("=")
-        check(key in options, "CONFIG", f"unknown key {key!r}", next=nearest(key, OPTIONS))
-        try:
-            options[key] = type(OPTIONS[key])(value)
-        except ValueError as problem:
-            raise LdmError("CONFIG", f"cannot read {argument!r}", limit=str(problem)) from None
+    options = read_options(arguments, OPTIONS)
     numbers = str(options["workers"]).split(",")
     check(all(n.isdecimal() for n in numbers), "CONFIG", f"workers={options['workers']}", next="as workers=0,1,2")
     options["workers"] = [int(n) for n in numbers]

@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
+from benchmarks._options import read_options
 from data.toy_logos.make import (
     COLOURS,
     LAYOUTS,
@@ -43,7 +44,7 @@ from data.toy_logos.make import (
     render,
 )
 from ldm.checkpoints.run import find_run
-from ldm.errors import LdmError, check, nearest
+from ldm.errors import LdmError, check
 
 Generate = Callable[[list[str], list[int]], np.ndarray]
 """(prompts, seeds of the pictures) -> pictures."""
@@ -426,14 +427,7 @@ def open_run(path: Path, steps: int, guidance_scale: float) -> tuple[Generate, R
 
 
 def main(arguments: Sequence[str]) -> None:
-    options = {"run": "", "seeds": 3, "steps": 25, "guidance_scale": 3.0}
-    for argument in arguments:
-        key, _, value = argument.partition("=")
-        check(key in options, "CONFIG", f"unknown key {key!r}", next=nearest(key, options))
-        try:
-            options[key] = type(options[key])(value)
-        except ValueError as problem:
-            raise LdmError("CONFIG", f"cannot read {argument!r}", limit=str(problem)) from None
+    options = read_options(arguments, {"run": "", "seeds": 3, "steps": 25, "guidance_scale": 3.0})
     check(options["seeds"] >= 1, "CONFIG", "no seeds to sample with", where="seeds", next="give seeds=1 or more")
     run = find_run(options["run"] or None)
 

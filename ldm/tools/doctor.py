@@ -49,12 +49,8 @@ import json, sys
 from ldm.cli import handled
 
 def action():
-    from ldm.training.assemble import build_objective, check_model, check_sampler
-    cfg, trusted = json.load(sys.stdin)
-    if "diffusion" in cfg["stages"]:
-        build_objective(cfg, trusted)
-        check_sampler(cfg, trusted)
-    check_model(cfg, trusted)
+    from ldm.training.assemble import check_parts
+    check_parts(*json.load(sys.stdin))
 
 sys.exit(handled(action))
 """

@@ -29,6 +29,14 @@ from ldm.training.stage_module import StageModule, StageSettings
 STAGES = ("autoencoder", "diffusion")
 
 
+def check_parts(cfg: Config, trusted: tuple[str, ...] = ()) -> None:
+    """Refuses parts that cannot work together, before anything is trained: what `train.py` and `ldm doctor` ask."""
+    if "diffusion" in cfg["stages"]:
+        build_objective(cfg, trusted)
+        check_sampler(cfg, trusted)
+    check_model(cfg, trusted)
+
+
 def check_model(cfg: Config, trusted: tuple[str, ...] = ()) -> None:
     """Refuses parts of the model that do not fit together or to the data, before anything is trained."""
     check_buckets(cfg, trusted)

@@ -11,7 +11,7 @@ from ldm.checkpoints.store import Checkpoint, Store
 from ldm.data.cache import Cache
 from ldm.data.order import check_cut
 from ldm.errors import LdmError
-from ldm.training.assemble import adopt_autoencoder, build_objective, check_model, check_sampler, fixed_autoencoder
+from ldm.training.assemble import adopt_autoencoder, check_parts, fixed_autoencoder
 from ldm.training.fingerprint import recorded_settings, settings_of
 from ldm.training.place import Config, Place, hear_decision, join_group, tell_decision
 from ldm.training.run_stage import run_stage
@@ -30,10 +30,7 @@ def train(cfg: Config, trusted: tuple[str, ...] = ()) -> None:
             limit=f"given {list(cfg['stages'])}",
             next="stages=[autoencoder], then stages=[diffusion]",
         )
-    if "diffusion" in cfg["stages"]:
-        build_objective(cfg, trusted)
-        check_sampler(cfg, trusted)
-    check_model(cfg, trusted)
+    check_parts(cfg, trusted)
     world_size = outer.world_size if outer is not None else local_devices(cfg["trainer"])
     for stage in cfg["stages"]:
         check_cut(cfg["stage"][stage]["batch_size"], world_size, cfg["stage"][stage]["accumulate"])
@@ -58,7 +55,7 @@ def train(cfg: Config, trusted: tuple[str, ...] = ()) -> None:
                 tell_decision("nothing left")
                 continue
             prepare_stage(cfg, run, existing, stage, trusted)
-            if outer is not None or local_devices(cfg["trainer"]) == 1:
+            if outer is not None or world_size == 1:
                 tell_decision("train")
                 run_stage(cfg, trusted, stage, folder, outer or Place())
             else:

@@ -1,0 +1,22 @@
+"""The words key=value that a benchmark is called with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ldm.errors import LdmError, check, nearest
+
+
+def read_options(arguments: Sequence[str], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """`defaults` with what is given, each value of its default's type. Raises LdmError, `CONFIG`, naming the word."""
+    options = dict(defaults)
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        check(key in options, "CONFIG", f"unknown key {key!r}", next=nearest(key, defaults))
+        kind = type(defaults[key])
+        try:
+            options[key] = value.lower() == "true" if kind is bool else kind(value)
+        except ValueError as problem:
+            raise LdmError("CONFIG", f"cannot read {argument!r}", limit=str(problem)) from None
+    return options
