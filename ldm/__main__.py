@@ -42,6 +42,17 @@ def cache(argv: Sequence[str]) -> int:
     return main(argv)
 
 
+def inspect_autoencoder(argv: Sequence[str]) -> int:
+    """CHECKPOINT DATA [CHECKPOINT ...]: is this autoencoder good enough for my images? A page with pictures."""
+    from ldm.tools.inspect_autoencoder_options import parse
+
+    if parse(argv) is None:
+        return 0
+    from ldm.tools.inspect_autoencoder import main
+
+    return main(argv)
+
+
 def import_(argv: Sequence[str]) -> int:
     """PATH OUT: Stable Diffusion, a folder of diffusers or a single file, becomes a run."""
     from ldm.tools.interchange import import_options
@@ -67,6 +78,7 @@ VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     "prepare": prepare,
     "inspect": inspect,
     "cache": cache,
+    "inspect-autoencoder": inspect_autoencoder,
     "import": import_,
     "export": export,
 }

@@ -34,6 +34,7 @@ _LISTED = frozenset(
 _ROOMS = (
     "ldm.data.",
     "ldm.diffusion.",
+    "ldm.distances.",
     "ldm.models.",
     "ldm.reconstruction.",
     "ldm.sampling.tasks.",

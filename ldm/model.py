@@ -17,13 +17,14 @@ from ldm.checkpoints.run import find_run, open_stage
 from ldm.checkpoints.store import Checkpoint
 from ldm.diffusion.denoiser import Denoiser
 from ldm.errors import LdmError, raise_all
+from ldm.models.autoencoder.convolutional import ConvolutionalAutoencoder
 from ldm.models.autoencoder.identity import Identity
-from ldm.models.autoencoder.kl import AutoencoderKL
+from ldm.models.autoencoder.tiling import LEAST, check_tile, tiled_decode, tiled_encode
 from ldm.models.conditioner.compose import Columns, condition, null_columns, parts_of
 from ldm.random import Draws
 from ldm.types import Conditioning
 
-Autoencoder = AutoencoderKL | Identity
+Autoencoder = ConvolutionalAutoencoder | Identity
 
 
 class LatentDiffusion(nn.Module):
@@ -51,17 +52,35 @@ class LatentDiffusion(nn.Module):
         self.source: dict[str, Any] = {}
         self.instead: Mapping[nn.Module, Callable[..., Conditioning]] = {}  # see `condition`
 
-    def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
-        """[B, 3, H, W] in [-1, 1] to standardised latents [B, C, h, w]: the posterior's mean, or a draw."""
+    def encode(self, images: Tensor, noise: Tensor | None = None, *, tile: int | None = None) -> Tensor:
+        """[B, 3, H, W] in [-1, 1] to standardised latents [B, C, h, w]: the posterior's mean, or a draw.
+
+        tile: work on tiles of so many pixels, see `check_tile`.
+        """
+        if tile is not None:
+            return tiled_encode(self.autoencoder, images, tile, noise=noise)
         return self.autoencoder.encode(images, noise)
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """Standardised latents to pictures in [-1, 1].
+    def decode(self, latents: Tensor, *, tile: int | None = None) -> Tensor:
+        """Standardised latents to pictures in [-1, 1].   tile: see `encode`.
 
         Decoding is in float32 whatever the surroundings: half precision overflows in some autoencoders.
         """
         with torch.autocast(latents.device.type, enabled=False):
+            if tile is not None:
+                return tiled_decode(self.autoencoder, latents.float(), tile).clamp(-1, 1)
             return self.autoencoder.decode(latents.float()).clamp(-1, 1)
+
+    def check_tile(self, tile: int | None) -> None:
+        """Raises LdmError if the autoencoder cannot work on tiles of so many pixels. None is no tiles."""
+        if tile is None:
+            return
+        f = self.autoencoder.downsampling
+        try:
+            check_tile(f, tile)
+        except ValueError as error:
+            nearest = max(LEAST * f, round(tile / f) * f)
+            raise LdmError("SIZE", str(error), where="tile", next=f"try tile={nearest}, or null for none") from error
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -193,7 +212,7 @@ def restrict(cond: Conditioning, denoiser: Denoiser) -> Conditioning:
     return Conditioning(**fields)
 
 
-def load_autoencoder(checkpoint: Checkpoint, trusted: tuple[str, ...] = ()) -> AutoencoderKL:
+def load_autoencoder(checkpoint: Checkpoint, trusted: tuple[str, ...] = ()) -> ConvolutionalAutoencoder:
     """The autoencoder of a checkpoint of its stage, averaged weights, with its latent statistics."""
     node = checkpoint.document("config")["autoencoder"]
     autoencoder = build.build_saved(node, where="config.json: autoencoder", trusted=trusted)

@@ -43,6 +43,7 @@ class Purpose(IntEnum):
     NOISE_OFFSET = 16
     DATA = 17
     CAPTION_SHUFFLE = 18
+    CODEBOOK = 19
 
 
 def _mulhilo(a: int, b: Tensor) -> tuple[Tensor, Tensor]:

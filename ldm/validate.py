@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from ldm.config import walk
-from ldm.errors import LdmError, raise_all
+from ldm.errors import LdmError, nearest, raise_all
 
 Rule = tuple[str, Callable[[Any], bool]]
 """What a value must be, in words and as a test."""
@@ -37,11 +37,11 @@ def _optional(rule: Rule) -> Rule:
 
 
 _RUN_NAME = re.compile(r"[a-z0-9_-]{1,64}")
-_STAGES = ("autoencoder", "diffusion")
+STAGES = ("autoencoder", "diffusion", "features")  # their numbers stand for their initial weights: append
 _RULES: dict[str, Rule] = {
     "name": ("1 to 64 of a-z 0-9 _ -", lambda v: isinstance(v, str) and bool(_RUN_NAME.fullmatch(v))),
     "seed": _whole(0),
-    "stages": ("a list of " + ", ".join(_STAGES), lambda v: isinstance(v, list) and bool(v) and set(v) <= set(_STAGES)),
+    "stages": ("a list of " + ", ".join(STAGES), lambda v: isinstance(v, list) and bool(v) and set(v) <= set(STAGES)),
     "stage": ("a mapping", lambda v: isinstance(v, dict)),
     "stage.*.max_steps": _whole(1),
     "stage.*.batch_size": _whole(1),
@@ -56,11 +56,16 @@ _RULES: dict[str, Rule] = {
     "data.columns": ("a mapping from names to fields of the samples' JSON", lambda v: isinstance(v, dict)),
     "columns": ("a mapping", lambda v: isinstance(v, dict)),
     "stage.*.cache_latents_mb": _real(0),
+    "stage.features.batch_size": _whole(2),
+    "stage.features.accumulate": ("1: a part of a batch has fewer wrong answers to choose from", lambda v: v == 1),
+    "stage.autoencoder.alarms": _optional(_one_of("warn", "raise")),
+    "stage.*.statistics_images": _optional(_whole(1)),
     "stage.*.ema.half_life_images": _real(0, open_end=True),
     "count": _whole(1),
     "batch_size": _whole(1),
     "height": _optional(_whole(1)),
     "width": _optional(_whole(1)),
+    "tile": _optional(_whole(1)),
     "strength": _real(0, 1, open_end=True),
     "data.lanes": _optional(_whole(1)),
     "data.window_mb": _real(0, open_end=True),
@@ -98,7 +103,17 @@ def validate(cfg: Mapping[str, Any]) -> None:
                 problems.append(LdmError("CONFIG", f"{key}={value} is refused", limit=f"it must be {words}"))
         if key in _OURS:
             problems.append(LdmError("CONFIG", f"{key} is not used here", next=f"set {_OURS[key]}"))
-    raise_all(problems or [*_indivisible(cfg)])
+    raise_all([*problems, *_fine_tuning(cfg)] or [*_indivisible(cfg)])
+
+
+def _fine_tuning(cfg: Mapping[str, Any]) -> Iterator[LdmError]:
+    wanted = dict(walk(cfg)).get("stage.autoencoder.train", "all")
+    if wanted not in ("all", "decoder"):
+        what = f"stage.autoencoder.train={wanted} is refused"
+        yield LdmError("CONFIG", what, next=nearest(str(wanted), ("all", "decoder")))
+    elif wanted == "decoder" and "autoencoder" in cfg["stages"] and not cfg["init_from"]:
+        what = "stage.autoencoder.train=decoder needs an autoencoder whose latents it keeps"
+        yield LdmError("CONFIG", what, next="add init_from=RUN, a run whose autoencoder is finished")
 
 
 def _indivisible(cfg: Mapping[str, Any]) -> Iterator[LdmError]:

@@ -12,7 +12,8 @@ LEVELS = (
     ("diffusion", "data", "models", "reconstruction"),
     ("checkpoints",),
     ("model",),
-    ("sampling", "precompute"),
+    ("sampling", "precompute", "distances"),
+    ("evaluation",),
     ("training",),
     ("tools", "cli", "__main__", "train", "sample"),
 )

@@ -52,6 +52,10 @@ class StagePaths:
         return self.folder / "nonfinite.jsonl"
 
     @property
+    def alarms(self) -> Path:
+        return self.folder / "alarms.jsonl"
+
+    @property
     def samples(self) -> Path:
         return self.folder / "samples"
 
@@ -188,6 +192,24 @@ def open_stage(run: Path, stage: str, *, verify: Verify = "hash") -> Checkpoint:
             f"the stage {stage!r} of this run has no checkpoint" if is_run else f"no run with a stage {stage!r}",
             where=str(run / stage if is_run else run),
             next=f"train it: python train.py name={run.name} stages=[{stage}]" if is_run else "name a run's folder",
+        )
+    return checkpoint
+
+
+def has_stage(run: Path, stage: str) -> bool:
+    """Whether the run has a checkpoint of it."""
+    return bool(Store(run / stage / "ckpt").steps())
+
+
+def open_autoencoder(run: Path, *, verify: Verify = "hash") -> Checkpoint:
+    """The finished autoencoder of a run, as `open_stage`; one whose latents were not measured yet is refused."""
+    checkpoint = open_stage(run, "autoencoder", verify=verify)
+    if not checkpoint.document("state")["finished"]:
+        raise LdmError(
+            "LATENTS",
+            "the training of the autoencoder did not finish: it has no latent statistics yet",
+            where=str(run / "autoencoder"),
+            next=f"finish it: python train.py name={run.name} stages=[autoencoder]",
         )
     return checkpoint
 

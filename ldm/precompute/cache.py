@@ -42,11 +42,9 @@ from ldm.data.cache import (
 from ldm.data.datamodule import DataModule
 from ldm.data.order import Ids
 from ldm.errors import LdmError, raise_all
-from ldm.models.autoencoder.identity import Identity
-from ldm.models.autoencoder.kl import AutoencoderKL
+from ldm.model import Autoencoder
 from ldm.types import Batch
 
-Autoencoder = AutoencoderKL | Identity
 Record = dict[str, Any]
 RECORDS = ".pieces"  # the folder of what is known of each finished piece; cache.json can be made of it again
 _OF_A_RECORD = {"kind", "count", "bytes", "sha256"}

@@ -1,4 +1,4 @@
-"""Dataset + autoencoder -> the moments of every picture, in memory; and the statistics of its latents."""
+"""Dataset + autoencoder -> the moments of every picture, in memory."""
 
 from __future__ import annotations
 
@@ -12,13 +12,12 @@ from torch import Tensor
 from ldm.data.moments import MomentTables
 from ldm.data.order import Ids
 from ldm.errors import LdmError
-from ldm.models.autoencoder.identity import Identity
-from ldm.models.autoencoder.kl import AutoencoderKL, posterior
+from ldm.model import Autoencoder
 from ldm.types import Batch
 
 
 @torch.no_grad()
-def encode_dataset(autoencoder: AutoencoderKL | Identity, batches: Iterable[Batch], latent_sizes: Ids) -> MomentTables:
+def encode_dataset(autoencoder: Autoencoder, batches: Iterable[Batch], latent_sizes: Ids) -> MomentTables:
     """The moments of every picture, float32 on the CPU; an unreadable picture is not usable.
 
     batches: every sample once, its id in `slots`; with several ranks each brings its share.
@@ -50,34 +49,6 @@ def encode_dataset(autoencoder: AutoencoderKL | Identity, batches: Iterable[Batc
             next="train the autoencoder anew with precision 32 or a lower learning rate",
         )
     return MomentTables(tables, place, usable.numpy())
-
-
-@torch.no_grad()
-def measure_statistics(autoencoder: AutoencoderKL, batches: Iterable[Batch]) -> None:
-    """Mean and standard deviation per channel of the posterior means over all pictures, in float64, all ranks."""
-    device = next(autoencoder.parameters()).device
-    channels = autoencoder.latent_channels
-    total, square = (torch.zeros(channels, dtype=torch.float64) for _ in range(2))
-    counts = torch.zeros(2, dtype=torch.float64)
-    was_training = autoencoder.training
-    autoencoder.eval()
-    for batch in batches:
-        moments = autoencoder.moments(batch.images[batch.valid].to(device))  # type: ignore[index]
-        z = posterior(moments).double().cpu()
-        total += z.sum((0, 2, 3))
-        square += z.square().sum((0, 2, 3))
-        counts += torch.tensor([z.numel() / channels, len(z)], dtype=torch.float64)
-    autoencoder.train(was_training)
-    if _world_size() > 1:
-        total, square, counts = (_sum(x, device) for x in (total, square, counts))
-    try:
-        autoencoder.statistics.set(total, square, int(counts[0]), int(counts[1]))
-    except ValueError as error:
-        raise LdmError(
-            "LATENTS",
-            str(error),
-            next="train the autoencoder for longer, or lower stage.autoencoder.objective.kl_weight",
-        ) from error
 
 
 def _world_size() -> int:

@@ -38,6 +38,7 @@ def sample(cfg: Mapping[str, Any], request: Request, trusted: tuple[str, ...] = 
     sampling: Sampling = build(node, where="sampler", trusted=trusted)
     height, width = cfg["height"] or model.image_size, cfg["width"] or model.image_size
     shape = model.latent_shape(height, width)  # refuses a size that does not fit before anything is written
+    model.check_tile(cfg["tile"])
     start = None if request.start is None else start_of(request.start, height, width)
     sampling.check(for_size(model.denoiser.schedule, shape), cfg["strength"] if start is not None else 1.0)
     folder = request.folder
@@ -56,6 +57,7 @@ def sample(cfg: Mapping[str, Any], request: Request, trusted: tuple[str, ...] = 
         **{key: getattr(sampling, key) for key in LEVEL_KEYS},
         "height": height,
         "width": width,
+        "tile": cfg["tile"],
         **image_to_image(request.start, cfg["strength"]),
         "model": model.source,
         "ldm": __version__,
@@ -76,6 +78,7 @@ def sample(cfg: Mapping[str, Any], request: Request, trusted: tuple[str, ...] = 
             size=(height, width),
             images=None if start is None else start.expand(len(part), -1, -1, -1),
             strength=cfg["strength"],
+            tile=cfg["tile"],
             on_step=ignore if watch is None else watch,
         )
         refuse_non_finite(pictures)
@@ -84,7 +87,7 @@ def sample(cfg: Mapping[str, Any], request: Request, trusted: tuple[str, ...] = 
             paths.append(path)
             rows[j].append(picture)
             if watch is not None and i < watch.count:
-                frames = strip(to_uint8(watch.pictures(model, i)), [f"step {s + 1}" for s in watch.steps])
+                frames = strip(to_uint8(watch.pictures(model, i, cfg["tile"])), [f"step {s + 1}" for s in watch.steps])
                 strips.append(write(frames, folder, f"{path.stem}-trajectory", {**told[j], "seed": seed, **recipe}))
     seconds = time.monotonic() - began
     print(f"{len(paths)} pictures in {seconds:.1f} s: {folder}/")

@@ -102,6 +102,7 @@ def text_to_image(
     size: tuple[int, int] | None = None,
     images: Tensor | None = None,
     strength: float = 1.0,
+    tile: int | None = None,
     on_step: OnStep = ignore,
 ) -> Tensor:
     """One picture for each prompt and seed: [B, 3, H, W] in [-1, 1].
@@ -112,6 +113,7 @@ def text_to_image(
     size: (height, width), default the model's training size.
     images: [B, 3, H, W] in [-1, 1], starting points for image to image; strength: share of the way that is walked
         from noise, 0 < strength <= 1 (small keeps the picture).
+    tile: encode and decode in tiles of so many pixels, for pictures too large for the memory; None is in one piece.
     The same seed starts from bit-equal noise whatever the batch.
     """
     if len(prompts) != len(seeds):
@@ -126,7 +128,7 @@ def text_to_image(
     if images is None:
         x = noise * marginal_std(levels[0])
     else:
-        x0 = model.encode(images.to(device))
+        x0 = model.encode(images.to(device), tile=tile)
         x = levels[0].alpha * x0 + levels[0].sigma * noise
     given = {"size": [(height, width, 0, 0, height, width)] * len(prompts), **(columns or {})}
     given = {name: given[name] for name in model.reads if name in given}
@@ -143,7 +145,7 @@ def text_to_image(
             rescale=sampling.guidance_rescale,
         )
     latents = sampling.function(denoise, x, levels, noise=step_noise(draws), on_step=on_step)
-    return model.decode(latents)
+    return model.decode(latents, tile=tile)
 
 
 def one_for_each(prompts: Sequence[str], columns: Mapping[str, Any]) -> tuple[list[str], dict[str, list[Any]]]:

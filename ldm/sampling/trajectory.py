@@ -23,6 +23,6 @@ class Trajectory:
             self.steps.append(step)
             self.latents.append(x0[: self.count].clone())
 
-    def pictures(self, model: LatentDiffusion, index: int) -> Tensor:
-        """[frames, 3, H, W] in [-1, 1]: the way of one picture."""
-        return model.decode(torch.stack([x0[index] for x0 in self.latents]))
+    def pictures(self, model: LatentDiffusion, index: int, tile: int | None = None) -> Tensor:
+        """[frames, 3, H, W] in [-1, 1]: the way of one picture.   tile: see `LatentDiffusion.decode`."""
+        return model.decode(torch.stack([x0[index] for x0 in self.latents]), tile=tile)

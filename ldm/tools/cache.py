@@ -27,6 +27,7 @@ from ldm.config import changed, compose, trusted_targets
 from ldm.data.datamodule import DataModule
 from ldm.errors import TEMPORARY, LdmError
 from ldm.model import (
+    Autoencoder,
     absent_towers,
     load_autoencoder,
     load_pretrained,
@@ -35,7 +36,7 @@ from ldm.model import (
     open_stage,
     read_weights,
 )
-from ldm.precompute.cache import Autoencoder, Folder, Piece, Record, Settings, identity, moments_pieces, write_cache
+from ldm.precompute.cache import Folder, Piece, Record, Settings, identity, moments_pieces, write_cache
 from ldm.precompute.text import encoder_ids, shapes_of, text_encoders, text_pieces, texts_of, unique
 from ldm.tools.cache_options import Options, parse
 from ldm.tools.disk import refusals

@@ -17,12 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.checkpoints import files, manifest
 from ldm.checkpoints.formats import clip, compvis, diffusers, keymap
 from ldm.checkpoints.formats.compvis import SCALES, SD_SCALE
 from ldm.checkpoints.formats.description import kind_of
-from ldm.checkpoints.formats.keymap import KeyMap
-from ldm.checkpoints.formats.reading import read_file
 from ldm.checkpoints.formats.schedules import (
     call_of,
     read_prediction_node,
@@ -32,11 +29,20 @@ from ldm.checkpoints.formats.schedules import (
 )
 from ldm.checkpoints.formats.settings import unet_config, vae_config
 from ldm.checkpoints.formats.statistics import fold_statistics, scaling_factor
-from ldm.checkpoints.run import find_run
-from ldm.checkpoints.store import Checkpoint
-from ldm.checkpoints.tensorfile import write_tensors
+from ldm.checkpoints.run import find_run, has_stage
 from ldm.errors import LdmError
 from ldm.model import open_stage
+from ldm.tools.export_autoencoder import (
+    Tensors,
+    arguments,
+    cast,
+    check_file,
+    export_autoencoder,
+    mapped,
+    renamed,
+    write_file,
+    write_folder,
+)
 from ldm.tools.interchange import (
     AUTOENCODER,
     CONDITIONER,
@@ -47,19 +53,21 @@ from ldm.tools.interchange import (
     UNET,
     export_options,
     refuse_existing,
-    whole,
     with_defaults,
 )
-
-Tensors = dict[str, Tensor]
 
 
 def main(argv: Sequence[str]) -> int:
     options = export_options(argv)
     began = time.monotonic()
+    dtype = getattr(torch, options.dtype) if options.dtype is not None else None
+    if options.parts == ("vae",):
+        export_autoencoder(options.run, options.out, options.format, dtype)
+        print(f"{options.out} in {time.monotonic() - began:.1f} s")
+        return 0
     model = read_run(options.run, options.weights, options.parts)
-    if options.dtype is not None:
-        model = model.cast(getattr(torch, options.dtype))
+    if dtype is not None:
+        model = model.cast(dtype)
     written = {"diffusers": write_diffusers, "compvis": write_compvis}[options.format](model, options.out)
     print(f"{', '.join(map(str, written))} in {time.monotonic() - began:.1f} s")
     if model.text is not None:
@@ -100,11 +108,8 @@ class Exported:
         return self.image_size // 2 ** (len(self.autoencoder["block_channels"]) - 1)
 
     def cast(self, dtype: torch.dtype) -> Exported:
-        def change(tensors: Tensors) -> Tensors:
-            return {k: v.to(dtype) if v.is_floating_point() else v for k, v in tensors.items()}
-
-        text = self.text and Text(**{**self.text.__dict__, "tensors": change(self.text.tensors)})
-        return Exported(**{**self.__dict__, "unet": change(self.unet), "vae": change(self.vae), "text": text})
+        text = self.text and Text(**{**self.text.__dict__, "tensors": cast(self.text.tensors, dtype)})
+        return Exported(**{**self.__dict__, "unet": cast(self.unet, dtype), "vae": cast(self.vae, dtype), "text": text})
 
     def scaled(self, wanted: float | None = None) -> tuple[Tensors, dict[str, Any], float]:
         """The autoencoder's weights and arguments, and the factor of its latents: `wanted` where one is wanted.
@@ -147,13 +152,16 @@ class Text:
 def read_run(path: Path, weights: str = "ema", parts: Sequence[str] = PARTS) -> Exported:
     """The parts of a run. Raises LdmError naming the part that Stable Diffusion's layouts do not have."""
     run = find_run(path)
+    if has_stage(run, "autoencoder") and not has_stage(run, "diffusion"):
+        hint = "export the autoencoder alone: --parts vae"
+        raise LdmError("EXPORT", "the run has an autoencoder and no denoiser", where=str(run), next=hint)
     diffusion, latents = open_stage(run, "diffusion"), open_stage(run, "autoencoder")
     config = diffusion.document("config")
     if "autoencoder" in config:
         raise LdmError("EXPORT", "the run works on pixels: it has no autoencoder", where=str(run))
     denoiser = with_defaults(config["denoiser"])["args"]
-    network = _arguments(denoiser["network"], UNET, "model.network")
-    autoencoder = _arguments(latents.document("config")["autoencoder"], AUTOENCODER, "model.autoencoder")
+    network = arguments(denoiser["network"], UNET, "model.network")
+    autoencoder = arguments(latents.document("config")["autoencoder"], AUTOENCODER, "model.autoencoder")
     tensors, vae = mapped(diffusion, weights), mapped(latents, "ema")
     text = None
     if "text" in parts:
@@ -191,29 +199,11 @@ def sampling_of(node: Mapping[str, Any] | None) -> dict[str, Any]:
     return with_defaults({"class": "ldm.sampling.tasks.Sampling", "args": args})["args"]
 
 
-def mapped(checkpoint: Checkpoint, weights: str) -> Tensors:
-    """What `read_weights` gives, as views of the files: exporting copies from disk to disk."""
-
-    def tensors(name: str) -> Tensors:
-        found, _ = read_file(manifest.check_file(checkpoint.path, checkpoint.manifest, f"{name}.safetensors"))
-        return found | {alias: found[first] for alias, first in checkpoint.manifest["aliases"].get(name, {}).items()}
-
-    averaged = weights == "ema" and "ema.safetensors" in checkpoint.manifest["files"]
-    return {**tensors("model"), **(tensors("ema") if averaged else {})}
-
-
 _ALONE = "export the networks alone: --parts unet,vae"
 
 
 def _below(tensors: Mapping[str, Tensor], prefix: str) -> Tensors:
     return {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}
-
-
-def _arguments(node: Mapping[str, Any], expected: str, where: str) -> dict[str, Any]:
-    if node["class"] != expected:
-        name, ours = (text.rpartition(".")[2] for text in (node["class"], expected))
-        raise LdmError("EXPORT", f"Stable Diffusion's layouts have no {name}", where=where, limit=f"{ours} only")
-    return with_defaults(node)["args"]
 
 
 def _read_text(node: Mapping[str, Any], tensors: Tensors) -> Text:
@@ -267,7 +257,7 @@ def _is_later(name: str, blocks: str, layers: int) -> bool:
 def write_diffusers(model: Exported, out: Path) -> list[Path]:
     """The folder of a pipeline, or of the parts alone."""
     contents = diffusers_files(model)
-    _write_folder(out, contents)
+    write_folder(out, contents)
     return [out]
 
 
@@ -275,9 +265,9 @@ def diffusers_files(model: Exported) -> dict[str, Any]:
     """Relative path -> JSON value, text, or tensors."""
     contents = dict(settings_files(model))
     if "unet" in model.parts:
-        contents["unet/diffusion_pytorch_model.safetensors"] = _renamed(model.unet, diffusers.map_unet)
+        contents["unet/diffusion_pytorch_model.safetensors"] = renamed(model.unet, diffusers.map_unet)
     if "vae" in model.parts:
-        contents["vae/diffusion_pytorch_model.safetensors"] = _renamed(model.scaled()[0], diffusers.map_vae)
+        contents["vae/diffusion_pytorch_model.safetensors"] = renamed(model.scaled()[0], diffusers.map_vae)
     if model.text is not None:
         contents["text_encoder/model.safetensors"] = model.text.for_transformers()
     return contents
@@ -308,10 +298,8 @@ def settings_files(model: Exported, scale: float | None = None) -> dict[str, Any
 
 def write_compvis(model: Exported, out: Path) -> list[Path]:
     """The single file, and with a text encoder the folder of settings."""
-    if out.suffix != ".safetensors":
-        raise LdmError("EXPORT", "the single file ends in .safetensors", where=str(out), next=f"OUT={out}.safetensors")
     settings = out.with_name(f"{out.stem}-config")
-    refuse_existing(out)
+    check_file(out)
     if model.text is not None:
         refuse_existing(settings)
     scale = SCALES.get(model.kind, SD_SCALE)
@@ -320,14 +308,10 @@ def write_compvis(model: Exported, out: Path) -> list[Path]:
     contents = settings_files(model, scale)
     if model.text is not None:
         metadata = compvis.describe_file(model.kind, model.prediction, model.image_size)
-        _write_folder(settings, contents)
-
-    def fill(folder: Path) -> None:
-        with files.new_file(folder / out.name) as file:
-            write_tensors(file, tensors, metadata)
+        write_folder(settings, contents)
 
     try:
-        whole(out, fill)
+        write_file(out, tensors, metadata)
     except BaseException:
         if model.text is not None:
             shutil.rmtree(settings, ignore_errors=True)
@@ -352,9 +336,9 @@ def compvis_tensors(model: Exported, scale: float) -> Tensors:
     unet_config(network, model.sample_size)  # the same limits hold
     tensors: Tensors = {}
     if "unet" in model.parts:
-        tensors |= _renamed(model.unet, compvis.map_unet)
+        tensors |= renamed(model.unet, compvis.map_unet)
     if "vae" in model.parts:
-        tensors |= _renamed(model.scaled(scale)[0], compvis.map_vae)
+        tensors |= renamed(model.scaled(scale)[0], compvis.map_vae)
     if model.text is not None:
         tensors |= _compvis_text(model.text)
         tensors |= compvis.constants(model.schedule, model.zero_snr)
@@ -380,33 +364,8 @@ def _compvis_text(text: Text) -> Tensors:
     whole_tower = "tower.text_projection" in text.tensors and len(text.keep) < len(text.tensors)
     penultimate = config["num_hidden_layers"] + 1 == _count_blocks(text.tensors)
     tensors = text.tensors if whole_tower and penultimate else text.used()
-    return _renamed(tensors, compvis.map_text_open_clip)
+    return renamed(tensors, compvis.map_text_open_clip)
 
 
 def _count_blocks(names: Iterable[str]) -> int:
     return len({name.split(".")[3] for name in names if name.startswith("tower.transformer.resblocks.")})
-
-
-# ---- files
-
-
-def _renamed(tensors: Tensors, rule: Any) -> Tensors:
-    table: KeyMap = rule(tensors)
-    return keymap.to_theirs(table, tensors)
-
-
-def _write_folder(out: Path, contents: Mapping[str, Any]) -> None:
-    """A folder of JSON, text and tensors, whole or not at all. "format": what the libraries ask of their files."""
-    refuse_existing(out)
-
-    def fill(folder: Path) -> None:
-        for name, value in contents.items():
-            path = folder / out.name / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with files.new_file(path) as file:
-                if name.endswith(".safetensors"):
-                    write_tensors(file, value, {"format": "pt"})
-                else:
-                    file.write(value.encode() if isinstance(value, str) else files.json_bytes(value))
-
-    whole(out, fill)

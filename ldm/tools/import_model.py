@@ -1,7 +1,8 @@
 """`python -m ldm import PATH OUT`: Stable Diffusion in a folder or a file becomes a run of ours.
 
-PATH: a folder of diffusers, or a single file of CompVis' layout. OUT: the run folder, which must not exist. All names
-and shapes are compared before anything is written, and a folder appears whole or not at all.
+PATH: a folder of diffusers, or a single file of CompVis' layout; of an autoencoder alone too (`import_autoencoder`).
+OUT: the run folder, which must not exist. All names and shapes are compared before anything is written, and a folder
+appears whole or not at all.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from ldm import __version__, build
+from ldm import build
 from ldm.checkpoints import files
-from ldm.checkpoints.formats import compvis, diffusers, keymap
+from ldm.checkpoints.formats import autoencoders, compvis, diffusers, keymap
+from ldm.checkpoints.formats.autoencoders import Factors
 from ldm.checkpoints.formats.description import XL, Foreign, Node, Part
 from ldm.checkpoints.formats.schedules import PREDICTIONS, schedule_node
 from ldm.checkpoints.run import open_run, write_config
@@ -26,6 +28,14 @@ from ldm.checkpoints.store import Store
 from ldm.diffusion.denoiser import check_pair
 from ldm.errors import LdmError, nearest, raise_all
 from ldm.model import check_fit
+from ldm.tools.import_autoencoder import (
+    as_target,
+    import_autoencoder,
+    imported_state,
+    millions,
+    shapes_of,
+    with_statistics,
+)
 from ldm.tools.interchange import (
     AUTOENCODER,
     CONDITIONER,
@@ -44,17 +54,30 @@ SIZE = "ldm.models.conditioner.size.Size"
 
 def main(argv: Sequence[str]) -> int:
     options = import_options(argv)
-    import_model(options.path, options.out, options.prediction)
+    factors = Factors(options.scaling_factor, options.shift_factor)
+    import_model(options.path, options.out, options.prediction, factors)
     return 0
 
 
-def import_model(path: Path, out: Path, prediction: str | None = None) -> None:
-    """Read, compare, write. Raises LdmError, and then nothing was written."""
+def import_model(path: Path, out: Path, prediction: str | None = None, factors: Factors | None = None) -> None:
+    """Read, compare, write. Raises LdmError, and then nothing was written.
+
+    prediction: the user's word, of a whole model.   factors: the user's word, of an autoencoder alone.
+    """
     began = time.monotonic()
     if not path.exists():
         near = nearest(path.name, os.listdir(path.parent)) if path.parent.is_dir() else ""
         raise LdmError("FORMAT", "there is no such file or folder", where=str(path), next=near)
     refuse_existing(out)
+    alone = autoencoders.read(path, factors or Factors())
+    if alone is not None:
+        if prediction is not None:
+            raise LdmError("CONFIG", "--prediction is for a whole model", where=str(path), next="leave it out")
+        import_autoencoder(alone, path, out)
+        return
+    if factors:
+        what = "--scaling-factor and --shift-factor are for an autoencoder alone"
+        raise LdmError("CONFIG", what, where=str(path), next="leave them out")
     found = diffusers.read(path, prediction) if path.is_dir() else compvis.read(path, prediction)
     config, autoencoder_node = nodes(found, path)
     modules = build_on_meta(config, autoencoder_node, found)
@@ -63,7 +86,7 @@ def import_model(path: Path, out: Path, prediction: str | None = None) -> None:
     dtypes = sorted(
         {str(t.dtype).removeprefix("torch.") for part in found.parts.values() for t in part.tensors.values()}
     )
-    sizes = ", ".join(f"{name} {_millions(modules[name])}" for name in found.parts)
+    sizes = ", ".join(f"{name} {millions(modules[name])}" for name in found.parts)
     print(f"found: {found.kind}: {sizes}; {', '.join(dtypes)}")
     steps = found.schedule
     print(
@@ -184,11 +207,6 @@ def check_together(config: Mapping[str, Any], modules: Mapping[str, nn.Module], 
     build.build(config["sampler"], where="sampler").check(schedule)
 
 
-def shapes_of(module: nn.Module) -> dict[str, keymap.Shape]:
-    """Names and shapes of a model's weights; the statistics of the latents are no weights."""
-    return {k: tuple(v.shape) for k, v in module.state_dict().items() if not k.startswith("statistics.")}
-
-
 def check(found: Foreign, modules: Mapping[str, nn.Module], path: Path) -> None:
     """Compare the names and shapes of every part with those of our models, all at once."""
     problems = []
@@ -202,10 +220,6 @@ def check(found: Foreign, modules: Mapping[str, nn.Module], path: Path) -> None:
     raise_all(problems)
 
 
-def _millions(module: nn.Module) -> str:
-    return f"{sum(p.numel() for p in module.parameters()) / 1e6:.1f} M"
-
-
 # ---- writing the run
 
 
@@ -213,16 +227,14 @@ def write(
     found: Foreign, config: dict[str, Any], autoencoder: Node, modules: Mapping[str, nn.Module], out: Path, source: Node
 ) -> None:
     """The run folder, prepared beside its place."""
-    kept = {"train_step": 0, "finished": True, "fingerprint": {}, "imported": source, "versions": {"ldm": __version__}}
+    kept = imported_state(source)
 
     def ours(name: str, part: Part, prefix: str = "") -> dict[str, Tensor]:
         table = part.key_map(shapes_of(modules[name]))
         return {prefix + key: value for key, value in keymap.to_ours(table, part.tensors).items()}
 
-    vae = {**ours("vae", found.parts["vae"]), **statistics(found)}
-    modules["vae"].load_state_dict(vae, assign=True)  # views of the file: no copy
-    latent_id = modules["vae"].latent_id()  # type: ignore[operator]
-    mean, std = vae["statistics.mean"].tolist(), vae["statistics.std"].tolist()
+    vae, measured = with_statistics(modules["vae"], ours("vae", found.parts["vae"]), found.mean, found.std)
+    latent_id = measured["latent_id"]
     weights = {"model": ours("unet", found.parts["unet"], NETWORK)}
     for name in found.text:
         if name in found.parts:
@@ -232,7 +244,6 @@ def write(
 
     def fill(folder: Path) -> None:
         with open_run(folder, out.name) as run:
-            measured = {"latent_id": latent_id, "latent_mean": mean, "latent_std": std, "latent_images": 0}
             for stage, tensors, state, document in (
                 ("autoencoder", {"model": vae}, measured, {"autoencoder": autoencoder}),
                 ("diffusion", weights, {"latent_id": latent_id}, config),
@@ -248,20 +259,6 @@ def write(
             files.replace_file(run.folder / "experiment.yaml", text.encode())
 
     whole(out, fill)
-
-
-def statistics(found: Foreign) -> dict[str, Tensor]:
-    """What a scaling factor says about the latents. Nothing was measured, so `count` stays 0."""
-    channels = found.autoencoder["latent_channels"]
-
-    def each(value: float | list[float]) -> Tensor:
-        return torch.tensor(value, dtype=torch.float64).expand(channels).float().contiguous()
-
-    return {
-        "statistics.mean": each(found.mean),
-        "statistics.std": each(found.std),
-        "statistics.count": torch.zeros((), dtype=torch.int64),
-    }
 
 
 def experiment(found: Foreign, config: Mapping[str, Any], autoencoder: Node, out: Path) -> dict[str, Any]:
@@ -282,11 +279,11 @@ def experiment(found: Foreign, config: Mapping[str, Any], autoencoder: Node, out
         "init_from": str(out),
         "data": {"image_size": config["image_size"], **({"columns": {"size": "@size"}} if xl else {})},
         "model": {
-            "autoencoder": _target(autoencoder),
-            "network": _target(denoiser["network"]),
-            "conditioner": _target(config["conditioner"]),
+            "autoencoder": as_target(autoencoder),
+            "network": as_target(denoiser["network"]),
+            "conditioner": as_target(config["conditioner"]),
         },
-        "scheduler": {"schedule": _target(denoiser["schedule"]), "prediction": _target(denoiser["prediction"])},
+        "scheduler": {"schedule": as_target(denoiser["schedule"]), "prediction": as_target(denoiser["prediction"])},
         "sampler": {key: value for key, value in config["sampler"].items() if key not in ("_target_", "function")},
         "stage": {"diffusion": {"optimizer": {"lr": 1e-5}}},
     }
@@ -297,12 +294,3 @@ def _headlines(out: Path) -> str:
         f"# command: python train.py experiment={out.name} data.path=PATH_OF_THE_SHARDS trainer=gpu\n"
         "# hardware: one GPU of 40 GB at full size\n# result: none yet\n"
     )
-
-
-def _target(node: Any) -> Any:
-    """A node of a checkpoint as one of a configuration."""
-    if isinstance(node, Mapping):
-        if "class" in node:
-            return {"_target_": node["class"], **{key: _target(value) for key, value in node["args"].items()}}
-        return {key: _target(value) for key, value in node.items()}
-    return node

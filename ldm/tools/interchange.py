@@ -5,6 +5,7 @@ at all. Never imports torch: help and wrong options do not wait for it.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -24,11 +25,12 @@ NETWORK, CONDITIONER = "denoiser.network.", "conditioner."
 PARTS = ("unet", "vae", "text")
 PREDICTIONS = ("epsilon", "v", "x0")
 DTYPES = ("float32", "float16", "bfloat16")
-_IMPORT = """Stable Diffusion in a folder or a file becomes a run of ours. PATH: a folder of diffusers, or a single file
-of CompVis' layout. OUT: the run folder, which must not exist."""
+_IMPORT = """Stable Diffusion, or its autoencoder alone, becomes a run of ours. PATH: a folder of diffusers, or a single
+file of CompVis' layout. OUT: the run folder, which must not exist."""
 _EXPORT = """A run of ours in the layouts of Stable Diffusion. diffusers: OUT is a folder for
 DiffusionPipeline.from_pretrained. compvis: OUT is one .safetensors file, and OUT without its suffix and with -config a
-folder of settings that from_single_file(..., config=...) needs offline."""
+folder of settings that from_single_file(..., config=...) needs offline. --parts vae: the autoencoder alone, a folder
+for AutoencoderKL.from_pretrained or one file."""
 
 
 def import_options(argv: Sequence[str]) -> argparse.Namespace:
@@ -36,7 +38,16 @@ def import_options(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("path", type=Path, metavar="PATH")
     parser.add_argument("out", type=Path, metavar="OUT")
     parser.add_argument("--prediction", choices=PREDICTIONS, help="for a file that does not say")
-    return parse(parser, argv)
+    alone = "of the latents, for an autoencoder alone that does not say"
+    parser.add_argument("--scaling-factor", type=float, metavar="NUMBER", help=f"factor {alone}")
+    parser.add_argument("--shift-factor", type=float, metavar="NUMBER", help=f"mean {alone}")
+    options = parse(parser, argv)
+    scaling, shift = options.scaling_factor, options.shift_factor
+    if scaling is not None and not 0 < scaling < math.inf:
+        raise LdmError("CONFIG", f"--scaling-factor {scaling:g}", limit="a positive number")
+    if shift is not None and not math.isfinite(shift):
+        raise LdmError("CONFIG", f"--shift-factor {shift:g}", limit="a number")
+    return options
 
 
 def export_options(argv: Sequence[str]) -> argparse.Namespace:

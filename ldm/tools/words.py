@@ -18,7 +18,9 @@ def option(default: Any, words: str, kind: type | None = None, choices: Sequence
 
 @dataclass(frozen=True)
 class Verb:
-    """name: after `python -m ldm`.   places: names of the words without `=`, all needed.   purpose: one line."""
+    """name: after `python -m ldm`.   places: names of the words without `=`, all needed, but for a last one in
+    brackets, which stands for any number.   purpose: one line or more.
+    """
 
     name: str
     places: tuple[str, ...]
@@ -40,7 +42,8 @@ class Verb:
                 found[key] = _value(key, value if equals else "true", known[key])
             elif key != "traceback":  # which ldm.cli reads
                 raise LdmError("CONFIG", f"unknown option {word!r}", next=nearest(key, known))
-        if len(places) != len(self.places):
+        needed = [name for name in self.places if not name.startswith("[")]
+        if len(places) < len(needed) or (len(places) > len(needed) == len(self.places)):
             expected = f"expected {' '.join(self.places)}"
             got = f"got {' '.join(map(repr, places))}" if places else "got nothing"
             raise LdmError("CONFIG", f"{expected}, {got}", next=f"python -m ldm {self.name} --help")

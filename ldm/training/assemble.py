@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from pathlib import Path
 
 import torch
 
 from ldm.build import build, to_saved
-from ldm.checkpoints.run import Run, find_run
-from ldm.checkpoints.store import Store
+from ldm.checkpoints.run import has_stage, open_autoencoder
 from ldm.data.buckets import Buckets
 from ldm.data.columns import checked, kind_of
 from ldm.diffusion.denoiser import Denoiser
@@ -18,15 +15,16 @@ from ldm.diffusion.objective import Objective
 from ldm.diffusion.schedule import for_size
 from ldm.errors import LdmError
 from ldm.model import LatentDiffusion, check_fit, load_autoencoder, load_source, load_weights, open_stage, read_weights
+from ldm.models.autoencoder.convolutional import ConvolutionalAutoencoder
 from ldm.models.autoencoder.identity import Identity
-from ldm.models.autoencoder.kl import AutoencoderKL
 from ldm.random import Purpose, fold, run_key
 from ldm.training.autoencoder_module import AutoencoderModule
 from ldm.training.diffusion_module import DiffusionModule
+from ldm.training.features_module import FeaturesModule
+from ldm.training.finetune import check_source, decoder_only, source_of
 from ldm.training.place import Config
 from ldm.training.stage_module import StageModule, StageSettings
-
-STAGES = ("autoencoder", "diffusion")
+from ldm.validate import STAGES
 
 
 def check_parts(cfg: Config, trusted: tuple[str, ...] = ()) -> None:
@@ -34,7 +32,12 @@ def check_parts(cfg: Config, trusted: tuple[str, ...] = ()) -> None:
     if "diffusion" in cfg["stages"]:
         build_objective(cfg, trusted)
         check_sampler(cfg, trusted)
-    check_model(cfg, trusted)
+    if "features" in cfg["stages"]:
+        with torch.device("meta"):
+            build(cfg["model"]["features"], where="model.features", trusted=trusted)
+    if set(cfg["stages"]) != {"features"}:
+        check_model(cfg, trusted)
+    check_source(cfg, trusted)
 
 
 def check_model(cfg: Config, trusted: tuple[str, ...] = ()) -> None:
@@ -143,14 +146,32 @@ def build_module(cfg: Config, trusted: tuple[str, ...], stage: str, folder: Path
     )
     # initial weights are a function of seed and stage, whatever ran before in this process
     torch.manual_seed(int(fold(run_key(cfg["seed"]), Purpose.INIT, STAGES.index(stage))))
-    source = find_run(cfg["init_from"], where="init_from") if cfg["init_from"] else None
+    source = source_of(cfg, stage)
     if stage == "autoencoder":
         autoencoder = build(cfg["model"]["autoencoder"], where="model.autoencoder", trusted=trusted)
         if source is not None:
             before = open_stage(source, stage)
             load_weights(autoencoder, read_weights(before, "ema"), before.path)
         objective = build(node["objective"], where="stage.autoencoder.objective", trusted=trusted)
-        return AutoencoderModule(settings, autoencoder, objective, to_saved(cfg["model"]["autoencoder"]))
+        module = AutoencoderModule(
+            settings,
+            autoencoder,
+            objective,
+            to_saved(cfg["model"]["autoencoder"]),
+            build(node["discriminator_optimizer"], where="stage.autoencoder.discriminator_optimizer", trusted=trusted),
+            statistics_images=node["statistics_images"],
+            decoder_only=decoder_only(cfg),
+        )
+        if source is not None:
+            module.latent_source = before.document("state").get("latent_source")
+        return module
+
+    if stage == "features":
+        model = build(cfg["model"]["features"], where="model.features", trusted=trusted)
+        if source is not None:
+            before = open_stage(source, stage)
+            load_weights(model, read_weights(before, "ema"), before.path)
+        return FeaturesModule(settings, model, to_saved(cfg["model"]["features"]))
 
     autoencoder = fixed if fixed is not None else trained_autoencoder(folder, trusted)
     scheduler = cfg["scheduler"]
@@ -185,33 +206,13 @@ def build_module(cfg: Config, trusted: tuple[str, ...], stage: str, folder: Path
     )
 
 
-def trained_autoencoder(folder: Path, trusted: tuple[str, ...] = ()) -> AutoencoderKL:
+def trained_autoencoder(folder: Path, trusted: tuple[str, ...] = ()) -> ConvolutionalAutoencoder:
     """The finished autoencoder of a run."""
-    if not Store(folder / "autoencoder" / "ckpt").steps():
+    if not has_stage(folder, "autoencoder"):
         raise LdmError(
             "NO-AUTOENCODER",
             "the diffusion stage needs a trained autoencoder",
             where=str(folder / "autoencoder"),
             next="train both stages, stages=[autoencoder,diffusion], or take one with init_from=RUN",
         )
-    trained = open_stage(folder, "autoencoder")
-    if not trained.document("state")["finished"]:
-        raise LdmError(
-            "LATENTS",
-            "the training of the autoencoder did not finish: it has no latent statistics yet",
-            where=str(folder / "autoencoder"),
-            next=f"finish it: python train.py name={folder.name} stages=[autoencoder]",
-        )
-    return load_autoencoder(trained, trusted)
-
-
-def adopt_autoencoder(run: Run, source: Path) -> None:
-    """Copies the finished autoencoder of `source` into a run that has none, so that the run is complete on its own."""
-    target = run.stage("autoencoder").ckpt
-    if Store(target).steps():
-        return
-    before = open_stage(source, "autoencoder")
-    temporary = target / f".tmp-{before.path.name}-{os.getpid()}"
-    shutil.copytree(before.path, temporary)
-    temporary.rename(target / before.path.name)
-    print(f"autoencoder: taken from {source} (step {before.step}), unchanged", flush=True)
+    return load_autoencoder(open_autoencoder(folder), trusted)

@@ -11,7 +11,8 @@ from ldm.checkpoints.store import Checkpoint, Store
 from ldm.data.cache import Cache
 from ldm.data.order import check_cut
 from ldm.errors import LdmError
-from ldm.training.assemble import adopt_autoencoder, check_parts, fixed_autoencoder
+from ldm.training.assemble import check_parts, fixed_autoencoder
+from ldm.training.finetune import adopt
 from ldm.training.fingerprint import recorded_settings, settings_of
 from ldm.training.place import Config, Place, hear_decision, join_group, tell_decision
 from ldm.training.run_stage import run_stage
@@ -114,8 +115,8 @@ def prepare_stage(
     store.claim()
     if run.stage_record(stage)["wandb_id"] is None:
         run.update_stage(stage, wandb_id=secrets.token_hex(6))
-    if stage == "diffusion" and cfg["init_from"] and fixed_autoencoder(cfg, trusted) is None:
-        adopt_autoencoder(run, find_run(cfg["init_from"]))
+    if cfg["init_from"]:
+        adopt(cfg, run, stage, has_autoencoder=fixed_autoencoder(cfg, trusted) is None)
 
 
 def _existing(cfg: Config, paths: StagePaths) -> Checkpoint | None:

@@ -25,7 +25,9 @@ from ldm.data.cache import Cache
 from ldm.data.datamodule import DataModule
 from ldm.data.index import BAD_KINDS
 from ldm.model import load_pretrained
+from ldm.precompute.statistics import chosen_images
 from ldm.training.assemble import build_module
+from ldm.training.callbacks.alarms import Alarms
 from ldm.training.callbacks.checkpointing import Checkpointing
 from ldm.training.callbacks.monitor import Monitor, choose_mode
 from ldm.training.callbacks.progress import ProgressBar
@@ -33,6 +35,7 @@ from ldm.training.callbacks.recorder import Begin, Recorder, StopClock
 from ldm.training.callbacks.samples import Samples
 from ldm.training.callbacks.validation import Validation
 from ldm.training.diffusion_module import DiffusionModule
+from ldm.training.finetune import source_of
 from ldm.training.fingerprint import check_drift, fingerprint_of
 from ldm.training.place import Config, Place
 from ldm.training.signals import StopOnSignal, Stopped, not_saved
@@ -60,6 +63,8 @@ def run_stage(cfg: Config, trusted: tuple[str, ...], stage: str, folder: Path, p
 
     data: DataModule = build(cfg["data"], where="data", trusted=trusted)
     data.open()
+    if stage == "autoencoder":  # refused now, not after the last step
+        chosen_images(data.num_train, settings_node["statistics_images"])
     if checkpoint is not None and data.lanes is None:  # what was chosen then, whatever would be chosen now
         lanes = checkpoint.document("state")["fingerprint"].get("data.lanes")
         data.lanes = lanes if lanes and settings_node["batch_size"] % lanes == 0 else None
@@ -92,12 +97,12 @@ def run_stage(cfg: Config, trusted: tuple[str, ...], stage: str, folder: Path, p
         check_drift(checkpoint, stage, fingerprint, environment, cfg["resume"]["allow"], place)
         module.resume_from(checkpoint)
         data.ledger.load_state_dict(checkpoint.document("state")["bad_samples"])
-    elif isinstance(module, DiffusionModule) and not cfg["init_from"]:
-        load_pretrained(module.model.conditioner)
+    elif source_of(cfg, stage) is None:
+        load_pretrained(module.trained())
     if cache is not None and isinstance(module, DiffusionModule):
         module.use_cache(cache, data, trusted)
     if place.rank == 0:
-        for log_file in (paths.metrics, paths.nonfinite):  # of a life that was cut off after its last save
+        for log_file in (paths.metrics, paths.nonfinite, paths.alarms):  # of a life cut off after its last save
             truncate_jsonl(log_file, "train/step", start_step)
         if checkpoint is not None:
             print(f"{stage}: continuing at step {start_step}", flush=True)
@@ -109,7 +114,7 @@ def run_stage(cfg: Config, trusted: tuple[str, ...], stage: str, folder: Path, p
     monitor = _monitor(cfg, stage, folder) if place.rank == 0 else None
     validation = Validation(settings_node["validate_every"])
     samples = Samples(
-        settings_node["sample_every"],
+        settings_node.get("sample_every"),
         paths.samples,
         prompts=settings_node.get("sample_prompts"),
         columns=settings_node.get("sample_columns"),
@@ -128,6 +133,8 @@ def run_stage(cfg: Config, trusted: tuple[str, ...], stage: str, folder: Path, p
     )
     begin = Begin(folder, cfg)
     callbacks = [begin, StopClock(recorder), validation, samples, recorder, ProgressBar(recorder), checkpointing, stop]
+    if settings_node.get("alarms") is not None:  # before a checkpoint of what they find
+        callbacks.insert(callbacks.index(checkpointing), Alarms(paths.alarms, validation, settings_node["alarms"]))
     trainer = make_trainer(cfg["trainer"], precision, callbacks, folder, place)
     try:
         trainer.fit(module, datamodule=data)

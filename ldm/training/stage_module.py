@@ -17,7 +17,7 @@ from ldm.checkpoints.store import Checkpoint
 from ldm.model import load_weights
 from ldm.random import Draws, run_key, seed_modules
 from ldm.training.ema import EMA
-from ldm.training.step import OptimizerStep, Outcome, Scaler
+from ldm.training.step import OptimizerStep, Outcome, Player, Scaler
 from ldm.types import Batch
 
 
@@ -69,9 +69,24 @@ class StageModule(pl.LightningModule):
         """[B] each; "loss" is minimised, the rest is logged."""
         raise NotImplementedError
 
+    def further_parameters(self) -> dict[str, nn.Parameter]:
+        """What is trained along but is no part of the model: neither averaged nor saved with it."""
+        return {}
+
+    def discriminator(self) -> Player | None:
+        """A second player with an optimizer of its own."""
+        return None
+
+    def step_ended(self) -> None:
+        """After each optimizer step that was applied, before its checkpoint."""
+
     def validation_terms(self, batch: Batch) -> dict[str, Tensor]:
         """[B] each; "loss" decides which checkpoint is best."""
         raise NotImplementedError
+
+    def validation_summary(self) -> dict[str, float]:
+        """Of all that `validation_terms` has seen since the last call, of all ranks; every rank takes part."""
+        return {}
 
     def document(self) -> dict[str, Any]:
         """What config.json of a checkpoint holds: everything needed to rebuild the model."""
@@ -112,12 +127,12 @@ class StageModule(pl.LightningModule):
     def configure_optimizers(self) -> None:
         """Called by Lightning once the module is on its device. The optimizer is ours alone."""
         s = self.settings
-        parameters = {n: p for n, p in self.trained().named_parameters() if p.requires_grad}
+        averaged = {n: p for n, p in self.trained().named_parameters() if p.requires_grad}
         ema = None
         if s.ema_half_life_images is not None:
-            ema = EMA(parameters, half_life_images=s.ema_half_life_images, batch_size=s.batch_size)
+            ema = EMA(averaged, half_life_images=s.ema_half_life_images, batch_size=s.batch_size)
         self.step = OptimizerStep(
-            parameters,
+            {**averaged, **self.further_parameters()},
             optimizer=s.optimizer,
             lr_schedule=s.lr_schedule,
             ema=ema,
@@ -125,6 +140,7 @@ class StageModule(pl.LightningModule):
             accumulate=s.accumulate,
             grad_clip=s.grad_clip,
             scaler=Scaler() if s.precision == "16-mixed" else None,
+            discriminator=self.discriminator(),
         )
         if self._resume is not None:
             self._restore(self._resume)
@@ -155,8 +171,12 @@ class StageModule(pl.LightningModule):
             names = self._micro_logs[0]
             self.logs = {k: float(torch.stack([m[k] for m in self._micro_logs]).mean()) for k in names}
             self.logs["loss"] = self.outcome.loss  # of all ranks
+            if self.outcome.discriminator_grad_norm is not None:
+                self.logs["discriminator_grad_norm"] = self.outcome.discriminator_grad_norm
             self.not_finite = [] if self.outcome.applied else self._blame()
             self._micro_logs, self._suspects = [], []
+            if self.outcome.applied:
+                self.step_ended()
             if self.outcome.stop or self.step.train_step >= self.settings.max_steps:
                 self.trainer.should_stop = True
 
@@ -177,14 +197,30 @@ class StageModule(pl.LightningModule):
         self._resume = checkpoint
 
     def _restore(self, checkpoint: Checkpoint) -> None:
-        fresh = [{k: v for k, v in g.items() if k != "params"} for g in self.step.optimizer.param_groups]
-        self.step.optimizer.load_state_dict(checkpoint.tree("optim"))
-        for group, settings in zip(self.step.optimizer.param_groups, fresh, strict=True):
-            group.update(settings)  # the settings are those of the configuration, which drift has checked
+        for name, player in self.players().items():
+            if f"{name}.json" not in checkpoint.manifest["files"]:
+                print(f"{self.stage}: the checkpoint holds no {name}: it begins anew", flush=True)
+                continue
+            fresh = [{k: v for k, v in g.items() if k != "params"} for g in player.optimizer.param_groups]
+            player.optimizer.load_state_dict(checkpoint.tree(name))
+            for group, settings in zip(player.optimizer.param_groups, fresh, strict=True):
+                group.update(settings)  # the settings are those of the configuration, which drift has checked
         self.step.load_state(checkpoint.document("state"))
         if self.step.ema is not None:
             self.step.ema.load(checkpoint.tensors("ema"))
         self._resume = None
+
+    def players(self) -> dict[str, Player]:
+        """By the names that their optimizers have in a checkpoint."""
+        discriminator = self.step.discriminator
+        return {
+            "optim": self.step.player,
+            **({"optim_discriminator": discriminator} if discriminator is not None else {}),
+        }
+
+    def trees(self) -> dict[str, Any]:
+        """What the checkpoint holds of the optimizers."""
+        return {name: player.optimizer.state_dict() for name, player in self.players().items()}
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """What the checkpoint's safetensors files hold."""

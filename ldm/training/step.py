@@ -69,8 +69,41 @@ class Outcome:
     stop: bool
     tallies: tuple[float, ...] = ()
     """What was counted in this step, summed over the ranks."""
+    discriminator_grad_norm: float | None = None
+    """None while the discriminator does not play."""
     failure: LdmError | None = None
     """Why training must end: too many steps were not finite."""
+
+
+class Player:
+    """Parameters with their optimizer. `synchronise`: their gradients are averaged over the ranks here, not by DDP."""
+
+    def __init__(
+        self,
+        parameters: dict[str, nn.Parameter],
+        optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
+        *,
+        synchronise: bool = False,
+    ) -> None:
+        self.parameters, self.synchronise = parameters, synchronise
+        self.optimizer = optimizer(list(parameters.values()))
+        self.base_lrs = [group["lr"] for group in self.optimizer.param_groups]
+
+    def gradients(self) -> list[Tensor]:
+        """Of this step, the same on every rank; empty where the player did not play."""
+        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        if self.synchronise and gradients and _world_size() > 1:
+            flat = torch.cat([g.flatten() for g in gradients])
+            dist.all_reduce(flat)
+            pieces = (flat / _world_size()).split([g.numel() for g in gradients])
+            for gradient, piece in zip(gradients, pieces, strict=True):
+                gradient.copy_(piece.view_as(gradient))
+        return gradients
+
+    def set_lr(self, factor: float) -> float:
+        for group, base in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
+            group["lr"] = base * factor
+        return self.base_lrs[0] * factor
 
 
 class OptimizerStep:
@@ -79,6 +112,8 @@ class OptimizerStep:
     parameters: the trained ones by name.   optimizer: callable from parameters to optimizer.   lr_schedule: updates
     to factor.   accumulate: micro-batches a step.   grad_clip: largest gradient norm, None = no clipping.
     batch_size: global, images a step.
+    discriminator: a second player whose gradients come with the same backward. It is stepped in the same step if it got
+    any, with the same factor of its own learning rate and the same clipping, and skipped with the first.
     """
 
     def __init__(
@@ -92,15 +127,18 @@ class OptimizerStep:
         accumulate: int = 1,
         grad_clip: float | None = 1.0,
         scaler: Scaler | None = None,
+        discriminator: Player | None = None,
     ) -> None:
-        self.parameters = parameters
-        self.optimizer = optimizer(list(parameters.values()))
-        self.base_lrs = [group["lr"] for group in self.optimizer.param_groups]
+        self.player, self.discriminator = Player(parameters, optimizer), discriminator
         self.lr_schedule, self.ema, self.scaler = lr_schedule, ema, scaler
         self.batch_size, self.accumulate, self.grad_clip = batch_size, accumulate, grad_clip
         self.counters = Counters()
         self.micro = 0
         self._loss = torch.zeros(())
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        return self.player.optimizer
 
     @property
     def train_step(self) -> int:
@@ -139,51 +177,52 @@ class OptimizerStep:
         return self._finish(save_due, stop, tallies)
 
     def _finish(self, save_due: bool, stop: bool, tallies: Sequence[float]) -> Outcome:
-        grads = [p.grad for p in self.parameters.values() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(grads)
+        players = [self.player] if self.discriminator is None else [self.player, self.discriminator]
+        grads = [player.gradients() for player in players]
+        norms = torch.stack([torch.nn.utils.get_total_norm(g).to(self._loss.device) for g in grads])
         if self.scaler:
-            norm = norm / self.scaler.scale
-        (loss, *sums), norm_value, finite, save_due, stop = self._agree(norm, save_due, stop, tallies)
-        lr = self._set_lr()
+            norms = norms / self.scaler.scale
+        (loss, *sums), norm_values, finite, save_due, stop = self._agree(norms, save_due, stop, tallies)
+        factor = self.lr_schedule(self.counters.updates)
+        lr, *_ = [player.set_lr(factor) for player in players]
         if finite:
-            # one factor undoes the loss scale and clips
-            factor = 1.0 / self.scaler.scale if self.scaler else 1.0
-            if self.grad_clip is not None and norm_value > self.grad_clip:
-                factor *= self.grad_clip / (norm_value + 1e-6)
-            if factor != 1.0:
-                torch._foreach_mul_(grads, factor)
-            self.optimizer.step()
+            for player, own, norm in zip(players, grads, norm_values, strict=True):
+                if own:
+                    self._apply(player, own, norm)
             if self.ema is not None:
                 self.ema.update(self.counters.updates)
             self.counters.updates += 1
-        self.optimizer.zero_grad(set_to_none=True)
+        for player in players:
+            player.optimizer.zero_grad(set_to_none=True)
         self._loss = torch.zeros(())
         self.counters.train_step += 1
         failure = self._account(finite)
-        return Outcome(loss, norm_value, lr, finite, save_due, stop, tuple(sums), failure)
+        second = norm_values[1] if len(players) > 1 and grads[1] else None
+        return Outcome(loss, norm_values[0], lr, finite, save_due, stop, tuple(sums), second, failure)
+
+    def _apply(self, player: Player, grads: list[Tensor], norm: float) -> None:
+        """One factor undoes the loss scale and clips; then the weights change."""
+        factor = 1.0 / self.scaler.scale if self.scaler else 1.0
+        if self.grad_clip is not None and norm > self.grad_clip:
+            factor *= self.grad_clip / (norm + 1e-6)
+        if factor != 1.0:
+            torch._foreach_mul_(grads, factor)
+        player.optimizer.step()
 
     def _agree(
-        self, norm: Tensor, save_due: bool, stop: bool, tallies: Sequence[float]
-    ) -> tuple[list[float], float, bool, bool, bool]:
+        self, norms: Tensor, save_due: bool, stop: bool, tallies: Sequence[float]
+    ) -> tuple[list[float], list[float], bool, bool, bool]:
         """The control all-reduce: one small tensor, so that every rank takes the same decisions."""
-        finite = torch.isfinite(norm) & torch.isfinite(self._loss)
-        control = torch.stack(
-            [(~finite).float(), norm.new_tensor(float(save_due)), norm.new_tensor(float(stop)), norm.float()]
-        )
-        sums, world_size = torch.stack([self._loss, *self._loss.new_tensor(tallies)]), 1
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            world_size = dist.get_world_size()
+        finite = torch.isfinite(norms).all() & torch.isfinite(self._loss)
+        control = torch.stack([(~finite).float(), norms.new_tensor(float(save_due)), norms.new_tensor(float(stop))])
+        control = torch.cat([control.float(), norms.float()])
+        sums = torch.stack([self._loss, *self._loss.new_tensor(tallies)])
+        if _world_size() > 1:
             dist.all_reduce(control, op=dist.ReduceOp.MAX)
             dist.all_reduce(sums)
-        bad, due, halt, norm_value = control.tolist()
+        bad, due, halt, *norm_values = control.tolist()
         loss, *totals = sums.tolist()
-        return [loss / world_size, *totals], norm_value, bad == 0.0, due > 0, halt > 0
-
-    def _set_lr(self) -> float:
-        factor = self.lr_schedule(self.counters.updates)
-        for group, base in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
-            group["lr"] = base * factor
-        return self.base_lrs[0] * factor
+        return [loss / _world_size(), *totals], norm_values, bad == 0.0, due > 0, halt > 0
 
     def _account(self, finite: bool) -> LdmError | None:
         """Skipped steps are counted; too many of them end the run."""
@@ -233,6 +272,10 @@ class OptimizerStep:
         )
         if self.scaler is not None and state["scaler"] is not None:
             self.scaler = Scaler(**state["scaler"])
+
+
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def per_device(batch_size: int, world_size: int, accumulate: int) -> int:

@@ -33,7 +33,7 @@ from ldm.model import LatentDiffusion, load_source
 from ldm.models.autoencoder.kl import AutoencoderKL
 from ldm.models.conditioner.open_clip import OpenClipText
 from ldm.models.unet.unet import UNet
-from ldm.tools import export_model
+from ldm.tools import export_autoencoder, export_model
 from ldm.tools.export_model import read_run
 from ldm.tools.import_model import import_model, shapes_of
 from tests.conftest import CONFIGS
@@ -644,7 +644,7 @@ def test_nothing_is_overwritten_and_a_crash_leaves_nothing(runs, folder, tmp_pat
     with pytest.raises(OSError):
         import_model(folder, tmp_path / "run")
     assert sorted(p.name for p in tmp_path.iterdir()) == before
-    monkeypatch.setattr(export_model, "write_tensors", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
+    monkeypatch.setattr(export_autoencoder, "write_tensors", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
     for layout, name in (("diffusers", "out"), ("compvis", "out.safetensors")):
         with pytest.raises(OSError):
             export(runs["sd1"], tmp_path / name, layout)

@@ -14,7 +14,7 @@ import torch
 
 from ldm.checkpoints.store import Store
 from ldm.training.launch import _free_port as free_port
-from tests.integration.tiny import ROOT, command, first_difference, history, metrics, overrides, start
+from tests.integration.tiny import GAN, ROOT, command, first_difference, history, metrics, overrides, start
 
 pytestmark = pytest.mark.slow
 
@@ -64,9 +64,9 @@ if __name__ == "__main__":
 
 
 def test_weights_in_float64_equal_to_rounding(shards, tmp_path):
-    """AdamW, both stages, two ranks against one: what differs is the order of summation, and nothing else."""
+    """AdamW, both stages, a discriminator, two ranks against one: what differs is the order of summation alone."""
     (tmp_path / "double.py").write_text(_IN_DOUBLE)
-    more = ["stage.diffusion.cache_latents_mb=0", "stage.autoencoder.ema=null", "stage.diffusion.ema=null"]
+    more = ["stage.diffusion.cache_latents_mb=0", "stage.autoencoder.ema=null", "stage.diffusion.ema=null", *GAN]
 
     def run(folder, ranks):
         for stage in ("autoencoder", "diffusion"):
@@ -83,10 +83,8 @@ def test_weights_in_float64_equal_to_rounding(shards, tmp_path):
 
     run("one", 1)
     run("two", 2)
-    for stage in ("autoencoder", "diffusion"):
-        a, b = (
-            Store(tmp_path / folder / "tiny" / stage / "ckpt").newest().tensors("model") for folder in ("one", "two")
-        )
+    for stage, what in (("autoencoder", "model"), ("autoencoder", "objective"), ("diffusion", "model")):
+        a, b = (Store(tmp_path / folder / "tiny" / stage / "ckpt").newest().tensors(what) for folder in ("one", "two"))
         assert a.keys() == b.keys()
         for name, weight in a.items():
             if weight.is_floating_point() and not name.startswith("statistics"):

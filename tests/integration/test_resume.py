@@ -11,7 +11,17 @@ from ldm.checkpoints.store import Store
 from ldm.data.datamodule import DataModule
 from ldm.errors import LdmError
 from ldm.training.fit import train
-from tests.integration.tiny import command, compare_runs, config, first_difference, history, metrics, overrides, start
+from tests.integration.tiny import (
+    GAN,
+    command,
+    compare_runs,
+    config,
+    first_difference,
+    history,
+    metrics,
+    overrides,
+    start,
+)
 
 
 def kill_after(process, run, stage, step, number=signal.SIGKILL):
@@ -28,10 +38,11 @@ def kill_after(process, run, stage, step, number=signal.SIGKILL):
 
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_killed_twice_equals_undisturbed(shards, tmp_path, workers):
-    """SIGKILL in both stages, once across an epoch (61 samples, 8 a step), with accumulation and caption dropout."""
+    """SIGKILL in both stages, once across an epoch (61 samples, 8 a step), with all that has a state or a draw."""
     more = [
         f"loader.num_workers={workers}",
         "stage.autoencoder.accumulate=2",
+        *GAN,
         "model.conditioner.drop_prob=0.5",
         "model.network.dropout=0.1",
         "stage.diffusion.cache_latents_mb=0",  # so that pictures are decoded and encoded as they stream

@@ -31,6 +31,18 @@ MODEL = [
     "model.conditioner.embedding_size=4",
 ]
 
+_ADVERSARIAL = "stage.autoencoder.objective.adversarial"
+GAN = [  # a discriminator that starts in the middle, and everything else that the autoencoder's objective has
+    "adversarial=patchgan",
+    f"{_ADVERSARIAL}.start_step=3",
+    f"{_ADVERSARIAL}.ramp_steps=4",
+    f"{_ADVERSARIAL}.discriminator.width=8",
+    f"{_ADVERSARIAL}.discriminator.layers=1",
+    f"{_ADVERSARIAL}.discriminator.norm_groups=4",
+    "stage.autoencoder.objective.learn_logvar=true",
+    "stage.autoencoder.objective.kl_warmup_steps=5",
+]
+
 
 def overrides(data: Path, runs: Path, *more: str, steps: int = 12, save_every: int = 4) -> list[str]:
     """Command-line words of a tiny run. Later words win."""
@@ -97,9 +109,9 @@ def contents(checkpoint: Checkpoint) -> dict[str, Any]:
         else:
             flat[prefix] = value
 
-    walk("model", checkpoint.tensors("model"))
-    walk("ema", checkpoint.tensors("ema"))
-    walk("optim", checkpoint.tree("optim"))
+    files = checkpoint.manifest["files"]
+    for name in (file.removesuffix(".safetensors") for file in files if file.endswith(".safetensors")):
+        walk(name, checkpoint.tree(name) if f"{name}.json" in files else checkpoint.tensors(name))
     state = checkpoint.document("state")
     walk("state", {k: v for k, v in state.items() if k not in ("environment", "versions")})
     return flat

@@ -134,7 +134,8 @@ def test_autoencoder_shapes_and_gradients(patch_size, blocks, f):
     model = AutoencoderKL(3, 5, blocks, 1, patch_size, norm_groups=8)
     assert model.downsampling == f
     images = torch.rand(2, 3, 32, 16) * 2 - 1
-    reconstruction, moments = model(images, torch.randn(2, 5, 32 // f, 16 // f))
+    reconstruction, code = model(images, torch.randn(2, 5, 32 // f, 16 // f))
+    moments = code["moments"]
     assert reconstruction.shape == images.shape and moments.shape == (2, 10, 32 // f, 16 // f)
     (reconstruction.square().mean() + kl_divergence(moments).mean()).backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
@@ -158,13 +159,15 @@ def toy_autoencoder():
 def test_statistics_standardise_and_restore():
     model = toy_autoencoder()
     z = torch.randn(500, 4, 3, 3, dtype=torch.float64, generator=torch.manual_seed(0)) * 3 + 5
-    model.statistics.set(z.sum((0, 2, 3)), z.square().sum((0, 2, 3)), 500 * 9, 500)
+    assert not model.statistics.known
+    model.statistics.set(z.mean((0, 2, 3)), z.var((0, 2, 3), correction=0), 500)
+    assert model.statistics.known
     standard = model.statistics.standardise(z)
     assert standard.mean((0, 2, 3)).abs().max() < 1e-6
     torch.testing.assert_close(standard.var((0, 2, 3), correction=0), torch.ones(4).double(), rtol=1e-6, atol=0)
     torch.testing.assert_close(model.statistics.restore(standard), z, rtol=1e-6, atol=1e-6)
     with pytest.raises(ValueError, match="spread"):
-        model.statistics.set(torch.zeros(4), torch.zeros(4), 10, 10)
+        model.statistics.set(torch.zeros(4), torch.zeros(4), 10)
 
 
 def test_latent_id_follows_what_determines_latents_alone():

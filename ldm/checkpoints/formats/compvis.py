@@ -207,7 +207,7 @@ def read(path: Path, prediction: str | None = None) -> Foreign:
         some = ", ".join(sorted(tensors)[:3])
         raise LdmError(
             "FORMAT", "is no Stable Diffusion model in one file", where=where, limit=f"it holds {some}, ...",
-            next=f"expected names that begin with {UNET} and {VAE}",
+            next=f"expected names that begin with {UNET} and {VAE}, or of an autoencoder alone encoder. and decoder.",
         )  # fmt: skip
     if groups["refiner"]:
         raise LdmError("FORMAT", "is the refiner of SDXL, which goes on from another model's pictures", where=where)
@@ -217,11 +217,7 @@ def read(path: Path, prediction: str | None = None) -> Foreign:
     kind = kind_of(network, where)
     text, towers = _describe_towers(groups["text"], kind, where)
     prediction, notes = _choose_prediction(kind, metadata, prediction, "v_pred" in tensors, where)
-    scale = SCALES.get(kind, SD_SCALE)
-    if "scale_factor" in tensors:
-        scale = float(tensors["scale_factor"].reshape(-1)[:1].sum())
-        if not 0 < scale < math.inf:
-            raise LdmError("FORMAT", f"its scale_factor is {scale}", where=where, limit="a positive number")
+    scale = scale_in(tensors, where) or SCALES.get(kind, SD_SCALE)
     size = {XL: 1024, "Stable Diffusion 2": 768 if prediction == "v" else 512}.get(kind, 512)
     resolution = metadata.get("modelspec.resolution", "").partition("x")[0]
     size = int(resolution) if resolution.isdigit() and 8 <= int(resolution) <= 8192 else size
@@ -243,6 +239,21 @@ def read(path: Path, prediction: str | None = None) -> Foreign:
         averaged=Part(groups["ema"], map_averages) if groups["ema"] else None,
         notes=tuple(notes),
     )
+
+
+def scale_in(tensors: Mapping[str, Tensor], where: str) -> float | None:
+    """The factor of the latents, where training left it in the file."""
+    if "scale_factor" not in tensors:
+        return None
+    scale = float(tensors["scale_factor"].reshape(-1)[:1].sum())
+    if not 0 < scale < math.inf:
+        raise LdmError("FORMAT", f"its scale_factor is {scale}", where=where, limit="a positive number")
+    return scale
+
+
+def is_constant(name: str, home: str = VAE) -> bool:
+    """Whether nothing is read from a tensor of this name.   home: before the names of the autoencoder."""
+    return any(map(_KNOWN_CONSTANTS.fullmatch, (name, VAE + name.removeprefix(home))))  # type: ignore[arg-type]
 
 
 def describe_unet(shapes: Mapping[str, Shape], where: str, prefix: str = UNET) -> dict[str, Any]:

@@ -91,7 +91,7 @@ def read(folder: Path, prediction: str | None = None) -> Foreign:
         )  # fmt: skip
     notes: list[str] = steps["notes"]
     tensors = {name: _read_part(folder / name, notes) for name in homes}
-    vae = {_modern(name): tensor for name, tensor in tensors["vae"].items()}
+    vae = {modern_name(name): tensor for name, tensor in tensors["vae"].items()}
     parts = {"unet": Part(tensors["unet"], map_unet), "vae": Part(vae, map_vae)}
     text, towers = _read_towers(folder, kind, notes)
     if kind == XL and index.get("force_zeros_for_empty_prompt", True):
@@ -130,7 +130,8 @@ def _side(size: Any, where: str) -> int:
     return max(sides)
 
 
-def _modern(name: str) -> str:
+def modern_name(name: str) -> str:
+    """The name of a tensor of the autoencoder since diffusers 0.14."""
     match = re.fullmatch(r"(.*mid_block\.attentions\.0)\.(query|key|value|proj_attn)\.(weight|bias)", name)
     return f"{match[1]}.{_OLD_ATTENTION[match[2]]}.{match[3]}" if match else name
 

@@ -8,13 +8,21 @@ import torch
 from torch import Tensor
 
 
+def factors(mean: Tensor, std: Tensor) -> tuple[float, float] | None:
+    """Scaling and shift of all channels, latents = (raw - shift) * scaling; None where channels differ."""
+    if not bool((mean == mean[0]).all()) or not bool((std == std[0]).all()):
+        return None
+    exact, shift = 1 / float(std[0]), float(mean[0])
+    short = float(f"{exact:.6g}")  # 0.18215, not 0.18214999977
+    same = torch.equal((1 / torch.tensor(short, dtype=torch.float64)).to(std.dtype), std[0])
+    near = float(f"{shift:.6g}")
+    return short if same else exact, near if torch.equal(torch.tensor(near, dtype=mean.dtype), mean[0]) else shift
+
+
 def scaling_factor(mean: Tensor, std: Tensor) -> float | None:
     """1 / std as the one number that Stable Diffusion's pipelines know; None where channels differ or are shifted."""
-    if bool((mean == 0).all()) and bool((std == std[0]).all()):
-        exact = 1 / float(std[0])
-        short = float(f"{exact:.6g}")  # 0.18215, not 0.18214999977
-        return short if torch.equal((1 / torch.tensor(short, dtype=torch.float64)).to(std.dtype), std[0]) else exact
-    return None
+    found = factors(mean, std)
+    return found[0] if found is not None and found[1] == 0 else None
 
 
 def fold_statistics(vae: Mapping[str, Tensor], mean: Tensor, std: Tensor, scale: float) -> dict[str, Tensor]:

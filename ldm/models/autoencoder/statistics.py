@@ -35,14 +35,17 @@ class LatentStatistics(nn.Module):
     def _shape(value: Tensor, z: Tensor) -> Tensor:
         return value.to(z.dtype).view(1, -1, 1, 1)
 
+    @property
+    def known(self) -> bool:
+        """Whether they were measured, or taken over from a model that states its scaling factor."""
+        return int(self.count) > 0 or bool((self.mean != 0).any()) or bool((self.std != 1).any())
+
     @torch.no_grad()
-    def set(self, total: Tensor, total_square: Tensor, positions: int, images: int) -> None:
-        """From float64 sums over `positions` latent pixels of `images` images: [C] sum and sum of squares.
+    def set(self, mean: Tensor, variance: Tensor, images: int) -> None:
+        """mean, variance: [C] float64, over the latents of `images` pictures.
 
         Raises ValueError when a channel has no spread: such a latent carries nothing and cannot be divided by.
         """
-        mean = total.double() / positions
-        variance = total_square.double() / positions - mean**2
         if not bool((variance > 0).all()) or not bool(torch.isfinite(variance).all()):
             raise ValueError(f"latent channels without spread: variances {variance.tolist()}")
         self.mean.copy_(mean)

@@ -86,7 +86,7 @@ class Checkpointing(pl.Callback):
         self.store.save(
             module.step.train_step,
             tensors=module.tensors(),
-            trees={"optim": module.step.optimizer.state_dict()},
+            trees=module.trees(),
             documents={
                 "state": {
                     **module.step.state(),

@@ -18,12 +18,15 @@ from ldm.training.stage_module import StageModule
 
 log = logging.getLogger(__name__)
 
+DIFFERENCE_GAIN = 4
+
 
 class Samples(pl.Callback):
     """Writes `samples/step-<step>.png` every `every` steps and at the last one; leaves its path in `latest`.
 
-    The autoencoder shows held-out pictures above their reconstructions; the denoiser draws `prompts` and `columns`
-    (see `one_for_each`) with the seeds 0, 1, 2, ... from the averaged weights. A model without text has empty prompts.
+    From the averaged weights: the autoencoder shows the first held-out pictures, their reconstructions and the
+    differences; the denoiser draws `prompts` and `columns` (see `one_for_each`) with the seeds 0, 1, 2, ... A model
+    without text has empty prompts.
     """
 
     def __init__(
@@ -75,6 +78,13 @@ class Samples(pl.Callback):
 def _reconstructions(trainer: pl.Trainer, module: AutoencoderModule, count: int = 8):
     data = trainer.datamodule  # type: ignore[attr-defined]
     loader = data.encode_dataloader("val" if data.num_val else "train", batch_size=count)
-    images = next(iter(loader)).images[:count].to(module.device)
-    pictures = torch.cat([images, module.autoencoder(images)[0].clamp(-1, 1)])
-    return captioned_grid(to_uint8(pictures), ["picture"] * len(images) + ["reconstruction"] * len(images), len(images))
+    batch = next(iter(loader))
+    images = batch.images[batch.valid].to(module.device)
+    if not len(images):
+        return None
+    reconstructions = module.autoencoder(images)[0].clamp(-1, 1)
+    # grey where they agree; an error of 32 of the 255 levels, or more, is black or white
+    differences = (DIFFERENCE_GAIN * (reconstructions - images)).clamp(-1, 1)
+    titles = ["picture", "reconstruction", f"difference x{DIFFERENCE_GAIN}"]
+    pictures = to_uint8(torch.cat([images, reconstructions, differences]))
+    return captioned_grid(pictures, [title for title in titles for _ in images], len(images))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
@@ -10,7 +12,10 @@ from ldm.training.stage_module import StageModule
 
 
 class Validation(pl.Callback):
-    """Every `every` steps and at the last one. Leaves `results` (means over the valid samples of all ranks)."""
+    """Every `every` steps and at the last one.
+
+    Leaves `results`: means over the valid samples of all ranks, and what the module says of the set as a whole.
+    """
 
     def __init__(self, every: int | None, batch_size: int = 64) -> None:
         self.every, self.batch_size = every, batch_size
@@ -22,17 +27,16 @@ class Validation(pl.Callback):
             self.results = self.run(trainer, module)
 
     def run(self, trainer: pl.Trainer, module: StageModule) -> dict[str, float]:
-        sums: dict[str, torch.Tensor] = {}
-        count = torch.zeros((), dtype=torch.float64)
+        sums: dict[str, torch.Tensor] = {}  # by name: total and number of samples that have it, in float64
         with module.averaged(), trainer.precision_plugin.forward_context():
             for batch in trainer.datamodule.val_dataloader(self.batch_size):  # type: ignore[attr-defined]
                 batch = batch.to(module.device)
-                count += batch.valid.sum().cpu()
                 for name, values in module.validation_terms(batch).items():
-                    total = values.double()[batch.valid].sum().cpu()
-                    sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64)) + total
-        table = torch.stack([count, *sums.values()]).to(module.device)
+                    own = torch.stack([torch.where(batch.valid, values.double(), 0).sum(), batch.valid.sum()])
+                    sums[name] = sums[name] + own if name in sums else own
+            summary = module.validation_summary()
+        table = torch.stack([*sums.values()])
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(table)
-        table = table.cpu()
-        return {name: float(table[i + 1] / table[0]) for i, name in enumerate(sums)}
+        means = (total / count if count else math.nan for total, count in table.tolist())
+        return dict(zip(sums, means, strict=True)) | summary

@@ -1,0 +1,1 @@
+"""Judging models and autoencoders on a set of pictures."""

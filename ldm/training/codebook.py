@@ -1,0 +1,59 @@
+"""What a codebook needs between optimizer steps: counts of its choices, and new life for codes that have none."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ldm.models.autoencoder.vq import AutoencoderVQ
+from ldm.random import Purpose, fold
+from ldm.training.step import OptimizerStep
+
+WEIGHT = "quantize.embedding.weight"
+
+
+@torch.no_grad()
+def tend_codebook(
+    autoencoder: AutoencoderVQ, step: OptimizerStep, codes: Sequence[Mapping[str, Tensor]], key: int
+) -> int:
+    """After an optimizer step: count its choices and, every `revive_every` steps, replace the codes without any.
+
+    codes: what the autoencoder said of each micro-batch of this step on this rank, "latents" and "codes".
+    key: of the run. Replaced codes lose their moments in the optimizer and their averages with the old values.
+    Every rank takes part and does the same: choices are summed, and candidates are all latents of the step in the
+    order of its samples, so that the result does not depend on how the batch is cut.
+    Returns how many codes were replaced. A codebook that is not trained is left alone.
+    """
+    book, every = autoencoder.quantize, autoencoder.revive_every
+    if every is None or not book.embedding.weight.requires_grad:
+        return 0
+    book.count(torch.cat([code["codes"].flatten() for code in codes]), _sum_over_ranks)
+    if step.train_step % every:
+        return 0
+    mine = torch.cat([code["latents"].detach().float().movedim(1, -1).flatten(0, -2) for code in codes])
+    revived = book.revive(_of_all_ranks(mine), fold(key, Purpose.CODEBOOK, step.train_step).view(1))
+    for moment in step.optimizer.state[book.embedding.weight].values():
+        if isinstance(moment, Tensor) and moment.shape == book.embedding.weight.shape:
+            moment[revived] = 0
+    if step.ema is not None:
+        average = step.ema.averages[WEIGHT]
+        average[revived] = book.embedding.weight[revived].to(average.dtype)
+    return len(revived)
+
+
+def _sum_over_ranks(counts: Tensor) -> Tensor:
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(counts)
+    return counts
+
+
+def _of_all_ranks(rows: Tensor) -> Tensor:
+    """[N, C] of each rank, one after the other; every rank has as many."""
+    if not dist.is_available() or not dist.is_initialized():
+        return rows
+    parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, rows.contiguous())
+    return torch.cat(parts)

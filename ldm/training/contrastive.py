@@ -1,0 +1,73 @@
+"""The contrast of pictures and captions: each must find the other among those of the whole batch."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Pairs(NamedTuple):
+    """images, texts: unit vectors [B, E], row by row of one pair.   ids: [B] int64 of `caption_ids`."""
+
+    images: Tensor
+    texts: Tensor
+    ids: Tensor
+
+
+def contrastive_terms(
+    own: Pairs, pool: Pairs, scale: Tensor, *, first: int = 0, usable: Tensor | None = None
+) -> dict[str, Tensor]:
+    """[B] each: "loss", and whether a picture's caption and a caption's picture came first.
+
+    own: the B pairs that choose.   pool: the N pairs they choose from, own ones from row `first` on.
+    scale: of the cosines.   usable: [N] bool, rows of the pool that may be chosen; None = all.
+    Another pair with an equal caption is no wrong answer, so it is left out.
+    Source: Radford et al. 2021, arXiv:2103.00020, figure 3; the loss is symmetric.
+    """
+    target = torch.arange(first, first + len(own.ids), device=own.ids.device)
+    left_out = own.ids[:, None] == pool.ids[None]
+    if usable is not None:
+        left_out = left_out | ~usable[None]
+    left_out = left_out.scatter(1, target[:, None], False)
+    terms, losses = {}, []
+    for name, rows, columns in (("caption_found", own.images, pool.texts), ("picture_found", own.texts, pool.images)):
+        logits = (scale * rows @ columns.T).masked_fill(left_out, -torch.inf)
+        losses.append(F.cross_entropy(logits, target, reduction="none"))
+        terms[name] = (logits.argmax(1) == target).float()
+    return {"loss": torch.stack(losses).mean(0), **terms}
+
+
+def caption_ids(captions: Sequence[str]) -> Tensor:
+    """[B] int64, equal for equal captions on every rank."""
+    digests = (hashlib.sha256(caption.encode()).digest() for caption in captions)
+    return torch.tensor([int.from_bytes(digest[:8], "little", signed=True) for digest in digests])
+
+
+def of_all_ranks(x: Tensor) -> Tensor:
+    """[B, ...] of this rank to [ranks * B, ...], in the order of the ranks, with a gradient to everybody's rows.
+
+    Every rank takes part, forward and backward.
+    """
+    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        return x
+    return _Gathered.apply(x)  # type: ignore[no-any-return]
+
+
+class _Gathered(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:  # type: ignore[override]
+        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:  # type: ignore[override]
+        total = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)  # what the losses of all ranks say about all rows, of which this rank has its own
+        return total.chunk(dist.get_world_size())[dist.get_rank()]
