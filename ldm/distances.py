@@ -6,7 +6,6 @@ that is missing is an error that says where it was looked for.
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -75,16 +74,16 @@ def _find_vgg16(weights: str | None) -> Path:
         raise _missing(
             f"the perceptual distance needs the weights of VGG16, {file.name}",
             file,
-            f"put {VGG16_FILE} of torchvision at {hub} (TORCH_HOME moves that folder), or name it: {_NODE}.weights=FILE",
+            f"put torchvision's {VGG16_FILE} at {hub} (TORCH_HOME moves that), or name it: {_NODE}.weights=FILE",
         )
     return file
 
 
 def _read_heads(heads: str) -> list[Tensor]:
     """One [C] for each layer of VGG16."""
-    spec = find_spec("torchmetrics")
-    package = Path((spec and spec.submodule_search_locations or ["torchmetrics"])[0])
-    file = package / HEADS_FILE if heads == "lpips" else Path(heads)
+    import torchmetrics  # a second of work, only for those who ask
+
+    file = Path(torchmetrics.__file__).parent / HEADS_FILE if heads == "lpips" else Path(heads)
     if not file.is_file():
         raise _missing(
             f"the perceptual distance needs the channel weights of LPIPS, {file.name}",

@@ -1,6 +1,6 @@
 """The folder of a run: who may write it, where its parts are, and how a run is found again.
 
-    runs/<name>/   run.json  config.yaml  lock  errors/  autoencoder/  diffusion/
+    runs/<name>/   run.json  config.yaml  lock  errors/  autoencoder/  diffusion/  features/
     runs/LATEST    pointer to the run last trained
 
 One process writes: the parent, or rank 0 under an outer launcher. Other ranks call `write_error` and nothing else.
@@ -68,10 +68,12 @@ class Run:
     """A run opened for writing; holds its lock until `close`. Made by `open_run`.
 
     record: the content of run.json: {name, created, schema_version, stages: {stage: {wandb_id, exact}}}.
+    adopted: stages that this command copied from another run.
     """
 
     def __init__(self, folder: Path, lock: Lock, record: dict[str, Any], *, is_new: bool = False) -> None:
         self.folder, self.record, self.is_new, self._lock = folder, record, is_new, lock
+        self.adopted: set[str] = set()
 
     def stage(self, name: str) -> StagePaths:
         """The folders of a stage, made if absent."""
@@ -104,7 +106,8 @@ class Run:
     def __exit__(self, kind: object, error: BaseException | None, *_: object) -> None:
         """Closes it. A new run whose command was refused leaves nothing behind."""
         refused = isinstance(error, LdmError) and error.exit_code == REFUSED
-        if refused and self.is_new and not any(self.folder.glob("*/ckpt/step-*")):
+        trained = {step.parents[1].name for step in self.folder.glob("*/ckpt/step-*")} - self.adopted
+        if refused and self.is_new and not trained:
             shutil.rmtree(self.folder, ignore_errors=True)
         self.close()
 

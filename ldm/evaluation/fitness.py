@@ -16,7 +16,7 @@ from ldm.errors import LdmError
 from ldm.evaluation.colour import colour_shift
 from ldm.evaluation.latents import LatentReport, LatentTally
 from ldm.evaluation.regions import KINDS, regions
-from ldm.reconstruction.measures import FeatureMoments, frechet_distance, psnr, ssim
+from ldm.reconstruction.measures import FeatureMoments, codebook_use, frechet_distance, psnr, ssim
 from ldm.types import Batch
 
 Array = NDArray[np.float64]
@@ -90,6 +90,7 @@ class Fitness:
 
     psnr, ssim, colour: [N]; colour is the mean dE*ab of blocks.   error: [3] mean squared error by kind, in squared
     levels of 255, mean over channels.   perceptual: {label: [N]}.   frechet: {label: distance}; empty without network.
+    codes: of a codebook, {"codes_used": share, "perplexity"}; empty without one.
     beyond: share of the decoder's values outside of [-1, 1] by more than a level.   worst_beyond: by how many levels
     at most.
     """
@@ -101,6 +102,7 @@ class Fitness:
     error: Array
     perceptual: Mapping[str, Array]
     frechet: Mapping[str, float]
+    codes: Mapping[str, float]
     beyond: float
     worst_beyond: float
     latents: LatentReport
@@ -201,10 +203,15 @@ class _Tally:
         self.values, self.beyond, self.worst_beyond = 0, 0, 0.0
         self.latents = LatentTally(candidate.latent_channels, num_images)
         self.moments = FeatureMoments()
+        self.codes = torch.zeros(int(getattr(candidate.autoencoder, "codebook_size", 0)), dtype=torch.int64)
 
     def add(self, images: Tensor, kinds: Tensor, keys: Sequence[str]) -> None:
         latents, noise, output = encoded_and_decoded(self.candidate, images, keys)
         self.latents.add(latents, noise)
+        if len(self.codes):
+            autoencoder: Any = self.candidate.autoencoder
+            codes = autoencoder.quantize.nearest(autoencoder.statistics.restore(latents))
+            self.codes += torch.bincount(codes.flatten(), minlength=len(self.codes)).cpu()
         over = (127.5 * (output.abs() - 1)).double()
         self.values += output.numel()
         self.beyond += int((over > 1).sum())
@@ -238,6 +245,7 @@ class _Tally:
             error=(self.error / pixels).numpy(),
             perceptual=perceptual,
             frechet=frechet,
+            codes=codebook_use(self.codes) if len(self.codes) else {},
             beyond=self.beyond / self.values,
             worst_beyond=max(0.0, self.worst_beyond),
             latents=self.latents.report(statistics.mean, statistics.std, int(statistics.count)),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ import numpy as np
 from ldm import __version__
 from ldm.evaluation.fitness import CONSTANT, SATURATED, SHRINKS, WINDOW, Candidate, Fitness, Originals, Shown, finest
 from ldm.evaluation.fitness_plots import FULL, GAIN, difference, error_map, gauge, histogram, kind_map, matrix, picture
+from ldm.evaluation.fitness_style import STYLE
 from ldm.evaluation.fitness_verdict import (
     LIMITS,
     PUBLISHED,
@@ -58,7 +58,6 @@ class Report:
 
 def page(report: Report) -> str:
     """The HTML document. The same report gives the same text."""
-    style = (Path(__file__).parent / "fitness.css").read_text()
     chosen, several = report.best, len(report.candidates) > 1
     body = [
         _head(report),
@@ -79,7 +78,7 @@ def page(report: Report) -> str:
         el("meta", name="viewport", content="width=device-width, initial-scale=1"),
         Html(MARK),
         el("title", title),
-        el("style", Html(style)),
+        el("style", Html(STYLE)),
     )
     return f"<!DOCTYPE html>\n{el('html', el('head', head), el('body', el('main', body)), lang='en')}\n"
 
@@ -122,7 +121,8 @@ def _reasons(report: Report, index: int) -> Html:
             el("div",
                el("span", finding.level, cls=f"pill {finding.level}"),
                el("div", el("b", _capital(limit.name)), el("span", finding.text, cls="soft why"), cls="sentence"),
-               el("span", figure(limit, finding.value), el("small", small), cls="figure num"),
+               el("span", figure(limit, finding.value), cls="figure num"),
+               el("span", small, cls="limits soft"),
                gauge(limit, finding.value))
         )  # fmt: skip
     several = len(report.candidates) > 1
@@ -144,7 +144,7 @@ def figure(limit: Limit, value: float) -> str:
 
 
 def _bound(limit: Limit, value: float) -> str:
-    return f"{'from' if limit.rising else 'to'} {value:.1f}"
+    return f"{'from' if limit.rising else 'to'} {value:.3g}"
 
 
 def _capital(text: str) -> str:
@@ -174,6 +174,9 @@ def comparison(report: Report) -> list[tuple[str, list[str], int | None]]:
         add(f"perceptual_{label}, typical", values, "{:.4f}".format)
     for label in report.fitness[0].frechet:
         add(f"fd_{label}", [f.frechet[label] for f in report.fitness], "{:.4g}".format)
+    if any(f.codes for f in report.fitness):
+        used = [f"{100 * f.codes['codes_used']:.0f} %" if f.codes else "none" for f in report.fitness]
+        rows.append(("Codes used", used, None))
     shape = [f"f{c.downsampling}, {c.latent_channels}" for c in report.candidates]
     rows.append(("Downsampling, channels", shape, None))
     rows.append(("Values, picture to latents", [f"{c.compression:.0f} : 1" for c in report.candidates], None))
@@ -234,22 +237,18 @@ def _ladder(report: Report) -> Html:
 def _kinds(report: Report) -> Html:
     cards = []
     for number, kind in enumerate(KINDS):
-        area = float(report.originals.area[number])
+        limit = next(limit for limit in LIMITS if limit.key == kind)
         rows = []
         for candidate, fitness in zip(report.candidates, report.fitness, strict=True):
-            if len(report.candidates) > 1:
-                rows.append(join(el("dt", el("b", candidate.name)), el("dd", "")))
-            error = fitness.level_error(kind)
-            rows.append(join(el("dt", "error, of 255 levels"), el("dd", f"{error:.1f}", cls="num")))
-            if kind != "flat":
-                limit = next(limit for limit in LIMITS if limit.key == kind)
-                size = figure(limit, finest(fitness, report.originals, kind))
-                rows.append(join(el("dt", "finest structure kept"), el("dd", size, cls="num")))
-        cards.append(
-            el("div", el("p", NAMES[kind], cls="name"), el("p", f"{100 * area:.0f} % of the pixels", cls="area"),
-               el("dl", rows), cls=f"kind {kind}")
-        )  # fmt: skip
-    return join(el("h2", "Where the error lies"), el("div", cards, cls="kinds"))
+            error = el("td", f"{fitness.level_error(kind):.1f}")
+            kept = el("td", figure(limit, finest(fitness, report.originals, kind))) if limit.unit == "px" else None
+            rows.append(el("tr", el("td", candidate.name, cls="wraps"), error, kept))
+        heads = [el("th", words) for words in ("", "error, levels", "finest kept")[: 3 if limit.unit == "px" else 2]]
+        area = f"{100 * float(report.originals.area[number]):.0f} % of the pixels"
+        table = el("table", el("thead", el("tr", heads)), el("tbody", rows))
+        cards.append(el("div", el("p", NAMES[kind], cls="name"), el("p", area, cls="area"), table, cls=f"kind {kind}"))
+    lead = "Root mean squared error of 255 levels, and the size of the finest structure that is kept."
+    return join(el("h2", "Where the error lies"), el("p", lead, cls="lead"), el("div", cards, cls="kinds"))
 
 
 def _pictures(report: Report) -> Html:
@@ -296,10 +295,9 @@ def _shown(shown: Shown, rank: int, report: Report) -> Html:
     cells = [first, *(cell(p, f"{n}, {m}") for p, n, m in zip(shown.made, names, made, strict=True))]
     cells += [kinds, *(cell(error_map(p, shown.original, shown.kinds), f"error map, {n}")
                        for p, n in zip(shown.made, names, strict=True))]  # fmt: skip
-    blank = np.full_like(shown.original, 128)
-    cells += [cell(blank, "no difference"), *(cell(difference(p, shown.original), f"difference x {GAIN}, {n}")
-                                              for p, n in zip(shown.made, names, strict=True))]  # fmt: skip
-    return el("div", head, el("div", cells, cls="cells", style=f"--n:{1 + len(names)}"), cls="shown")
+    cells += [el("figure"), *(cell(difference(p, shown.original), f"difference x {GAIN}, {n}")
+                              for p, n in zip(shown.made, names, strict=True))]  # fmt: skip
+    return el("div", head, el("div", cells, cls="cells many", style=f"--n:{1 + len(names)}"), cls="shown")
 
 
 def _pair(shown: Shown) -> Html:
@@ -326,6 +324,10 @@ def _latents(report: Report) -> Html:
         words = " ".join(note.text for note in verdict.notes)
         worst = max((note.level for note in verdict.notes), key=("good", "usable").index)
         parts.append(el("p", words, cls=f"text {worst}"))
+        if fitness.codes:
+            used, alike = 100 * fitness.codes["codes_used"], fitness.codes["perplexity"]
+            parts.append(el("p", f"{used:.1f} % of the codebook's codes occur on these pictures; they are as many as "
+                            f"{alike:.0f} equally frequent ones.", cls="soft"))  # fmt: skip
         parts.append(el("div", _channels(fitness), cls="scroll"))
         parts.append(_scale(fitness))
     return join(parts)

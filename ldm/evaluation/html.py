@@ -31,7 +31,7 @@ def el(tag: str, *children: Any, **attributes: Any) -> Html:
 
 def join(*children: Any) -> Html:
     """The children one after the other."""
-    parts = []
+    parts: list[str] = []
     for child in children:
         if isinstance(child, list | tuple):
             parts.append(join(*child))

@@ -62,7 +62,7 @@ class Contrastive(nn.Module):
         if tuple(text.reads) != ("caption",) or "vector" not in text.provides:
             raise ValueError("text must read the caption alone and give a vector of it")
         if text.drop_prob:
-            raise ValueError(f"a caption that is dropped belongs to no picture: drop_prob must be 0, not {text.drop_prob}")
+            raise ValueError(f"a dropped caption belongs to no picture: drop_prob must be 0, not {text.drop_prob}")
         self.image, self.text = image, text
         self.image_norm = nn.LayerNorm(image.channels[-1])
         self.image_proj = nn.Linear(image.channels[-1], embedding_size, bias=False)

@@ -77,16 +77,20 @@ class FeatureDistance(nn.Module):
         """[B, 3, H, W] in [-1, 1] to [B, D] float32: the last feature map, averaged over its places."""
         return self._maps(images)[-1].float().mean((2, 3))
 
-    def _maps(self, images: Tensor) -> Sequence[Tensor]:
+    def check_size(self, height: int, width: int) -> None:
+        """Raises LdmError, `SIZE`, for pictures that are smaller than the network needs."""
         least = getattr(self.network, "min_size", 1)
-        if min(images.shape[-2:]) < least:
+        if min(height, width) < least:
             raise LdmError(
                 "SIZE",
                 f"the pictures are too small for the perceptual distance {self.label}",
                 where="data.image_size",
-                limit=f"sides of at least {least} pixels, not {images.shape[-1]}x{images.shape[-2]}",
+                limit=f"sides of at least {least} pixels, not {width}x{height}",
                 next=f"set data.image_size={least} or more, or perceptual=none",
             )
+
+    def _maps(self, images: Tensor) -> Sequence[Tensor]:
+        self.check_size(*images.shape[-2:])
         with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=self.bf16):
             return self.network(images.float())
 

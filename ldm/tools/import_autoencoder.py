@@ -34,7 +34,9 @@ def import_autoencoder(found: ForeignAutoencoder, path: Path, out: Path) -> None
     shapes = {name: tuple(tensor.shape) for name, tensor in found.part.tensors.items()}
     keymap.check_shapes(keymap.their_shapes(table, ours), shapes, f"the autoencoder of {path}")
     dtypes = sorted({str(t.dtype).removeprefix("torch.") for t in found.part.tensors.values()})
-    tensors, measured = with_statistics(module, keymap.to_ours(table, found.part.tensors), found.mean, found.std)
+    source = {"file": path.name, "kind": found.kind}
+    weights = keymap.to_ours(table, found.part.tensors)
+    tensors, measured = with_statistics(module, weights, found.mean, found.std, source)
     print(f"found: {found.kind}: {millions(module)}, f = {module.downsampling}; {', '.join(dtypes)}")
     print(f"  latents of {module.latent_channels} channels, {_in_words(found)}")
     for note in found.notes:
@@ -42,7 +44,7 @@ def import_autoencoder(found: ForeignAutoencoder, path: Path, out: Path) -> None
 
     def fill(folder: Path) -> None:
         with open_run(folder, out.name) as run:
-            state = {**imported_state({"file": path.name, "kind": found.kind}), **measured}
+            state = {**imported_state(source), **measured}
             documents = {"state": state, "config": {"autoencoder": node}}
             Store(run.stage("autoencoder").ckpt).save(0, tensors={"model": tensors}, trees={}, documents=documents)
             run.update_stage("autoencoder")
@@ -104,12 +106,16 @@ def shapes_of(module: nn.Module) -> dict[str, keymap.Shape]:
 
 
 def with_statistics(
-    autoencoder: nn.Module, tensors: Mapping[str, Tensor], mean: float | list[float], std: float | list[float]
+    autoencoder: nn.Module,
+    tensors: Mapping[str, Tensor],
+    mean: float | list[float],
+    std: float | list[float],
+    source: Node,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """All tensors of an imported autoencoder, and what state.json says of its latents.
 
     autoencoder: on the meta device; takes the tensors without copying them.   mean, std: what the factors say of the
-    raw latents. Nothing was measured, so the count of images stays 0.
+    raw latents. Nothing was measured, so the count of images stays 0.   source: as for `imported_state`.
     """
     channels: int = autoencoder.latent_channels  # type: ignore[assignment]
 
@@ -128,6 +134,7 @@ def with_statistics(
         "latent_mean": statistics["statistics.mean"].tolist(),
         "latent_std": statistics["statistics.std"].tolist(),
         "latent_images": 0,
+        "latent_source": f"the factors of {source['file']} ({source['kind']}), not measured",
     }
 
 

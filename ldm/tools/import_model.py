@@ -75,10 +75,10 @@ def import_model(path: Path, out: Path, prediction: str | None = None, factors: 
             raise LdmError("CONFIG", "--prediction is for a whole model", where=str(path), next="leave it out")
         import_autoencoder(alone, path, out)
         return
+    found = diffusers.read(path, prediction) if path.is_dir() else compvis.read(path, prediction)
     if factors:
         what = "--scaling-factor and --shift-factor are for an autoencoder alone"
         raise LdmError("CONFIG", what, where=str(path), next="leave them out")
-    found = diffusers.read(path, prediction) if path.is_dir() else compvis.read(path, prediction)
     config, autoencoder_node = nodes(found, path)
     modules = build_on_meta(config, autoencoder_node, found)
     check(found, modules, path)
@@ -233,7 +233,7 @@ def write(
         table = part.key_map(shapes_of(modules[name]))
         return {prefix + key: value for key, value in keymap.to_ours(table, part.tensors).items()}
 
-    vae, measured = with_statistics(modules["vae"], ours("vae", found.parts["vae"]), found.mean, found.std)
+    vae, measured = with_statistics(modules["vae"], ours("vae", found.parts["vae"]), found.mean, found.std, source)
     latent_id = measured["latent_id"]
     weights = {"model": ours("unet", found.parts["unet"], NETWORK)}
     for name in found.text:

@@ -111,7 +111,7 @@ def inspect(words: Words, opened: Sequence[Opened]) -> Report:
     stream = data.encode_dataloader(split, options.batch_size, chosen=ids)
     with progress("encoding and decoding", len(ids)) as done:
         originals, fitness = measure(candidates, stream, len(ids), features=features, device=device, done=done)
-    data_words = _data_words(data, words.data)
+    data_words = f"{_data_words(data, words.data)} data.crop={options.crop}"
     verdicts = [judge(c, f, originals, data_words) for c, f in zip(candidates, fitness, strict=True)]
     worst, typical = choose(fitness, options.pictures)
     chosen = ids[originals.slots[[*worst, *typical]]]

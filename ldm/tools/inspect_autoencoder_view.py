@@ -25,7 +25,12 @@ def show_report(report: Report, place: str, console: Console | None = None) -> N
     if len(report.candidates) > 1:
         console.print(Padding(_side_by_side(report), (0, 2, 1, 2)))
     console.print(_verdict(report, chosen))
-    console.print(Padding(Text(f"page: {plain(place)}", overflow="fold"), (0, 2)))
+    for text, command in report.verdicts[chosen].steps:
+        console.print(Padding(Text(f"→ {plain(text)}"), (0, 2)))
+        if command:  # on one line, so that it can be copied
+            console.print(Text(f"  {plain(command)}", style="dim"), soft_wrap=True)
+        console.print()
+    console.print(Text(f"  page: {plain(place)}"), soft_wrap=True)
 
 
 def _side_by_side(report: Report) -> RenderableType:
@@ -50,10 +55,4 @@ def _verdict(report: Report, index: int) -> RenderableType:
         mark, style = MARKS[finding.level]
         value = figure(BY_KEY[finding.key], finding.value) if finding.value is not None else ""
         table.add_row(Text(mark, style=style), Text(value), Text(plain(finding.text)))
-    parts: list[RenderableType] = [Text(verdict.headline, style=MARKS[verdict.level][1]), table]
-    for text, command in verdict.steps:
-        line = Text(f"\n→ {plain(text)}")
-        if command:
-            line.append(f"\n  {plain(command)}", style="dim")
-        parts.append(line)
-    return Padding(Group(*parts), (0, 2, 1, 2))
+    return Padding(Group(Text(verdict.headline, style=MARKS[verdict.level][1]), table), (0, 2, 1, 2))

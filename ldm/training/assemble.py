@@ -18,6 +18,7 @@ from ldm.model import LatentDiffusion, check_fit, load_autoencoder, load_source,
 from ldm.models.autoencoder.convolutional import ConvolutionalAutoencoder
 from ldm.models.autoencoder.identity import Identity
 from ldm.random import Purpose, fold, run_key
+from ldm.reconstruction.perceptual import FeatureDistance
 from ldm.training.autoencoder_module import AutoencoderModule
 from ldm.training.diffusion_module import DiffusionModule
 from ldm.training.features_module import FeaturesModule
@@ -42,9 +43,12 @@ def check_parts(cfg: Config, trusted: tuple[str, ...] = ()) -> None:
 
 def check_model(cfg: Config, trusted: tuple[str, ...] = ()) -> None:
     """Refuses parts of the model that do not fit together or to the data, before anything is trained."""
-    check_buckets(cfg, trusted)
-    if "autoencoder" in cfg["stages"] and fixed_autoencoder(cfg, trusted) is not None:
-        raise LdmError("STAGES", "this autoencoder has nothing to train", where="stages", next="set stages=[diffusion]")
+    check_sizes(cfg, trusted)
+    if "autoencoder" in cfg["stages"]:
+        if fixed_autoencoder(cfg, trusted) is not None:
+            hint = "set stages=[diffusion]"
+            raise LdmError("STAGES", "this autoencoder has nothing to train", where="stages", next=hint)
+        check_reconstruction(cfg, trusted)
     if "diffusion" not in cfg["stages"]:
         return
     model = cfg["model"]
@@ -80,13 +84,48 @@ def check_model(cfg: Config, trusted: tuple[str, ...] = ()) -> None:
         )
 
 
-def check_buckets(cfg: Config, trusted: tuple[str, ...] = ()) -> None:
-    """Refuses sizes of pictures that the autoencoder cannot encode. A UNet takes latents of every size."""
-    bucket = cfg["data"].get("bucket") or {}
-    if not bucket.get("enable_bucket"):
+def check_reconstruction(cfg: Config, trusted: tuple[str, ...] = ()) -> None:
+    """Refuses an objective of the autoencoder whose files are missing or that cannot look at the pictures."""
+    where = "stage.autoencoder.objective"
+    objective = build(cfg["stage"]["autoencoder"]["objective"], where=where, trusted=trusted)
+    bucket, side = cfg["data"].get("bucket") or {}, cfg["data"]["image_size"]
+    if bucket.get("enable_bucket"):
+        side = bucket.get("min_bucket_reso") or side // 2
+    if isinstance(objective.perceptual, FeatureDistance):
+        objective.perceptual.check_size(side, side)
+    if objective.adversarial is None:
         return
+    if cfg["stage"]["autoencoder"]["discriminator_optimizer"] is None:
+        raise LdmError(
+            "CONFIG",
+            "a discriminator needs an optimizer",
+            where="stage.autoencoder.discriminator_optimizer",
+            next="adversarial=patchgan brings both",
+        )
+    smallest = getattr(objective.adversarial.discriminator, "smallest", 1)
+    if side < smallest:
+        raise LdmError(
+            "CONFIG",
+            f"pictures of {side} pixels are too small for the discriminator",
+            where=f"{where}.adversarial.discriminator.layers",
+            limit=f"at least {smallest} pixels",
+            next="take fewer layers: they halve what it needs",
+        )
+
+
+def check_sizes(cfg: Config, trusted: tuple[str, ...] = ()) -> None:
+    """Refuses sizes of pictures that the autoencoder cannot encode. A UNet takes latents of every size."""
+    bucket, size = cfg["data"].get("bucket") or {}, cfg["data"]["image_size"]
     with torch.device("meta"):
         factor = build(cfg["model"]["autoencoder"], where="model.autoencoder", trusted=trusted).downsampling
+    if not bucket.get("enable_bucket"):
+        if size % factor:  # `validate` has said so of ours, by their block_channels
+            raise LdmError(
+                "CONFIG",
+                f"data.image_size={size} is not a multiple of the autoencoder's downsampling {factor}",
+                next=f"set data.image_size={max(factor, round(size / factor) * factor)}",
+            )
+        return
     build(cfg["data"], where="data", trusted=trusted)  # has its own words about its settings
     step = bucket.get("bucket_reso_steps", Buckets.bucket_reso_steps)
     if step % factor:

@@ -56,18 +56,18 @@ def of_all_ranks(x: Tensor) -> Tensor:
     """
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
         return x
-    return _Gathered.apply(x)  # type: ignore[no-any-return]
+    return _Gathered.apply(x)
 
 
 class _Gathered(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx, x: Tensor) -> Tensor:
         parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
         dist.all_gather(parts, x.contiguous())
         return torch.cat(parts)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx, grad: Tensor) -> Tensor:
         total = grad.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total)  # what the losses of all ranks say about all rows, of which this rank has its own
         return total.chunk(dist.get_world_size())[dist.get_rank()]

@@ -29,7 +29,8 @@ class FeaturesModule(StageModule):
         return self.model
 
     def pairs(self, batch: Batch) -> Pairs:
-        return Pairs(*self.model(batch.images, batch.captions), caption_ids(batch.captions).to(self.device))
+        images, texts = self.model(batch.images, batch.captions)
+        return Pairs(images, texts, caption_ids(batch.captions).to(self.device))
 
     def loss(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:
         """Chosen from the pairs of all ranks: the loss does not depend on how many ranks there are."""

@@ -121,4 +121,5 @@ def _copy(run: Run, checkpoint: Checkpoint, stage: str, source: Path) -> None:
     temporary = target / f".tmp-{checkpoint.path.name}-{os.getpid()}"
     shutil.copytree(checkpoint.path, temporary)
     temporary.rename(target / checkpoint.path.name)
+    run.adopted.add(stage)
     print(f"{stage}: taken from {source} (step {checkpoint.step}), unchanged", flush=True)

@@ -72,7 +72,8 @@ class SetMeasures:
         logarithm = std.clamp(min=LEAST_STD).log()
         reference = stored.std.tolist() if stored.known else self.last_std
         if reference is not None:
-            found["latent_drift"] = float((logarithm - torch.tensor(reference).double().log()).abs().max())
+            drift = logarithm - torch.tensor(reference, dtype=torch.float64).log()
+            found["latent_drift"] = float(drift.abs().max())
         self.last_std = logarithm.exp().tolist()
         if self._counts is not None:
             if dist.is_available() and dist.is_initialized():

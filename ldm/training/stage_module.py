@@ -1,4 +1,4 @@
-"""What both LightningModules share: manual optimisation through one `OptimizerStep`, the draws, resuming."""
+"""What all LightningModules share: manual optimisation through one `OptimizerStep`, the draws, resuming."""
 
 from __future__ import annotations
 

@@ -202,6 +202,12 @@ def test_what_cannot_be_a_beginning_is_refused(finished, shards, tmp_path):
         assert refused.value.code == code and refused.value.exit_code == 2, refused.value.line()
 
 
+def test_a_refused_command_leaves_nothing_of_what_it_adopted(finished, shards, tmp_path, capsys):
+    with pytest.raises(LdmError, match="warmup_steps"):
+        tune(shards, tmp_path, finished, "stage.autoencoder.lr_schedule.warmup_steps=20")
+    assert "taken from" in capsys.readouterr().out and not (tmp_path / "tuned").exists()
+
+
 @pytest.mark.parametrize(
     "words, text",
     [

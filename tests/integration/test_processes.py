@@ -39,12 +39,16 @@ def test_processes_equal_one(shards, tmp_path, devices, accumulate):
     assert f"({devices} x {8 // devices // accumulate} x {accumulate})" in output
     for stage in ("autoencoder", "diffusion"):
         one, many = (history(tmp_path / kind / "tiny", stage) for kind in ("one", "many"))
-        for key in ("train/loss", "train/grad_norm", "val/loss"):
+        measures = ("val/psnr", "val/latent_std") if stage == "autoencoder" else ()
+        for key in ("train/loss", "train/grad_norm", "val/loss", *measures):
             a, b = ([row[key] for row in rows if key in row] for rows in (one, many))
             np.testing.assert_allclose(a, b, rtol=2e-5, err_msg=f"{stage} {key}")
         stores = [Store(tmp_path / kind / "tiny" / stage / "ckpt") for kind in ("one", "many")]
         assert stores[0].steps() == stores[1].steps()
         a, b = (store.newest() for store in stores)
+        if stage == "autoencoder":
+            for key in ("latent_mean", "latent_std", "latent_images"):
+                np.testing.assert_allclose(a.document("state")[key], b.document("state")[key], rtol=1e-4, atol=1e-6)
         left, right = a.tensors("ema"), b.tensors("ema")
         for name in left:
             np.testing.assert_allclose(left[name], right[name], rtol=1e-4, atol=1e-5, err_msg=name)

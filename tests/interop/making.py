@@ -242,7 +242,7 @@ def our_run(
     conditioner = build_saved(text_node)
     weights = {f"denoiser.network.{k}": v for k, v in listening(build_saved(nodes["network"])).state_dict().items()}
     weights |= {f"conditioner.{k}": v for k, v in conditioner.state_dict().items()}
-    state = {"train_step": 7, "finished": True, "latent_id": vae_model.latent_id()}
+    state = {"train_step": 7, "finished": True, "fingerprint": {}, "latent_id": vae_model.latent_id()}
     with open_run(folder.parent, folder.name) as run:
         for stage, tensors, document in (
             ("autoencoder", vae_model.state_dict(), {"autoencoder": vae_node}),

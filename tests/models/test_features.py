@@ -46,9 +46,9 @@ def test_embeddings_are_unit_vectors_and_every_parameter_learns():
 
 def test_the_scale_begins_at_clips_and_stops_at_100():
     model = tiny()
-    assert math.isclose(float(model.scale()), 1 / 0.07, rel_tol=1e-5)
+    assert math.isclose(model.scale().item(), 1 / 0.07, rel_tol=1e-5)
     model.log_scale.data.fill_(5.0)  # exp(5) = 148
-    assert float(model.scale()) == 100
+    assert model.scale().item() == 100
     model.scale().backward()
     assert float(model.log_scale.grad) == 0  # nothing drives it further
 

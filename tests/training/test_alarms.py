@@ -74,14 +74,14 @@ def test_an_alarm_is_one_line_and_one_record(tmp_path, caplog):
     for _ in range(LEAST):
         training.step()
     with caplog.at_level(logging.WARNING):
-        training.step(pictures("x", "y"), pixel=0.51)
+        training.step(pictures("x", "y"), pixel=0.31)
     (record,) = caplog.records
     assert record.getMessage() == (
-        "alarm: loss_spike: the pixel distance is 0.51, usually 0.1; step 51, pictures x, y; at most 5 times the "
+        "alarm: loss_spike: the pixel distance is 0.31, usually 0.1; step 51, pictures x, y; at most 3 times the "
         "median of the last 200 steps; look at these pictures; a lower learning rate or grad_clip"
     )
     (row,) = (json.loads(line) for line in training.file.read_text().splitlines())
-    assert row["train/step"] == 51 and row["alarm"] == "loss_spike" and row["value"] == 0.51
+    assert row["train/step"] == 51 and row["alarm"] == "loss_spike" and row["value"] == 0.31
     assert row["pictures"] == ["x", "y"] and row["limit"] in record.getMessage()
 
 
@@ -91,11 +91,11 @@ def test_spikes_are_against_the_median_and_only_once_there_is_one(tmp_path):
     training.step(pixel=1.0)  # the first steps say nothing
     for _ in range(LEAST):
         training.step()
-    training.step(pixel=0.49)
+    training.step(pixel=0.29)
     assert training.heard() == []
     training.step(pixel=math.nan, applied=False)  # the optimizer step's own affair
     assert training.heard() == []
-    training.step(pixel=0.51)
+    training.step(pixel=0.31)
     assert training.heard() == [("loss_spike", training.module.step.train_step)]
 
 
@@ -128,6 +128,18 @@ def test_a_discriminator_that_tells_nothing_apart(tmp_path):
     for _ in range(2 * WINDOW):
         training.step(logits_real=0.0, logits_fake=0.0)
     assert [name for name, _ in training.heard()] == ["disc_collapse"] * 2
+
+
+def test_a_discriminator_that_is_never_in_doubt(tmp_path):
+    training = Training(tmp_path)
+    for _ in range(WINDOW):
+        training.step(logits_real=3.0, logits_fake=-3.0, discriminator=0.02)
+    assert training.heard() == []
+    for _ in range(WINDOW):
+        training.step(logits_real=5.0, logits_fake=-5.0, discriminator=0.0)
+    ((name, step),) = training.heard()
+    assert name == "disc_collapse" and WINDOW < step < 2 * WINDOW
+    assert "never in doubt" in training.file.read_text()
 
 
 def test_pictures_of_a_single_colour_are_named(tmp_path):

@@ -245,15 +245,17 @@ def scale_in(tensors: Mapping[str, Tensor], where: str) -> float | None:
     """The factor of the latents, where training left it in the file."""
     if "scale_factor" not in tensors:
         return None
-    scale = float(tensors["scale_factor"].reshape(-1)[:1].sum())
+    stored = tensors["scale_factor"].reshape(-1)[:1].sum()
+    scale = float(stored)
     if not 0 < scale < math.inf:
         raise LdmError("FORMAT", f"its scale_factor is {scale}", where=where, limit="a positive number")
-    return scale
+    short = float(f"{scale:.6g}")  # 0.13025, not 0.1302500069
+    return short if torch.equal(torch.tensor(short, dtype=stored.dtype), stored) else scale
 
 
 def is_constant(name: str, home: str = VAE) -> bool:
     """Whether nothing is read from a tensor of this name.   home: before the names of the autoencoder."""
-    return any(map(_KNOWN_CONSTANTS.fullmatch, (name, VAE + name.removeprefix(home))))  # type: ignore[arg-type]
+    return any(map(_KNOWN_CONSTANTS.fullmatch, (name, VAE + name.removeprefix(home))))
 
 
 def describe_unet(shapes: Mapping[str, Shape], where: str, prefix: str = UNET) -> dict[str, Any]:

@@ -2,8 +2,8 @@
 
 Tiles overlap and are blended linearly. Convolutions near the inner border of a tile see its padding in place of the
 picture, so of every overlap only the middle half is blended: the outer quarter of each tile is computed and not used.
-What cannot be had in tiles is what the network computes over the whole picture, the statistics of its group norms and
-the attention of its middle: docs/autoencoder.md says how far the result is off.
+Group norms see the whole picture in a first round over all tiles (`SharedNorms`), which doubles the work; by their own
+statistics tiles differ in tone. Attention stays within a tile. docs/autoencoder.md says how far the result is off.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ from itertools import product
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from ldm.models.autoencoder.shared_norms import SharedNorms
 
 LEAST = 4
 """Smallest tile, in latent pixels on a side: its overlap is one of them."""
@@ -23,6 +25,8 @@ class Tileable(Protocol):
     """What is needed of an autoencoder."""
 
     downsampling: int
+
+    def modules(self) -> Iterator[nn.Module]: ...
 
     def moments(self, images: Tensor) -> Tensor: ...
 
@@ -41,14 +45,15 @@ def tiled_encode(
     """
     f = autoencoder.downsampling
     size, lap = _in_latents(f, tile, overlap)
-    return autoencoder.latents(_tiled(autoencoder.moments, images, size, lap, into=f, out=1), noise)
+    moments = _tiled(autoencoder.moments, images, size, lap, into=f, out=1, norms=SharedNorms(autoencoder.modules()))
+    return autoencoder.latents(moments, noise)
 
 
 def tiled_decode(autoencoder: Tileable, latents: Tensor, tile: int, overlap: int | None = None) -> Tensor:
     """Pictures [B, 3, H, W] (not clamped) of standardised latents, as `autoencoder.decode`; see `tiled_encode`."""
     f = autoencoder.downsampling
     size, lap = _in_latents(f, tile, overlap)
-    return _tiled(autoencoder.decode, latents, size, lap, into=1, out=f)
+    return _tiled(autoencoder.decode, latents, size, lap, into=1, out=f, norms=SharedNorms(autoencoder.modules()))
 
 
 def check_tile(downsampling: int, tile: int, overlap: int | None = None) -> None:
@@ -66,44 +71,59 @@ def _in_latents(f: int, tile: int, overlap: int | None) -> tuple[int, int]:
     return tile // f, overlap // f
 
 
-def _tiled(function: Callable[[Tensor], Tensor], x: Tensor, size: int, overlap: int, *, into: int, out: int) -> Tensor:
+def _tiled(
+    function: Callable[[Tensor], Tensor], x: Tensor, size: int, overlap: int, *, into: int, out: int, norms: SharedNorms
+) -> Tensor:
     """function over tiles of x [B, C, H, W], one picture and one tile at a time.
 
     size, overlap: in latent pixels.   into, out: pixels of a latent pixel's side in x, and in the result.
+    norms: those that function goes through.
     """
     height, width = x.shape[-2] // into, x.shape[-1] // into
     if height <= size and width <= size:
         return function(x)
+    tiles = list(product(_cuts(height, size, overlap, out), _cuts(width, size, overlap, out)))
+
+    def passed(picture: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
+        for (top, down), (left, across) in tiles:
+            weight = norms.weight = down[:, None] * across
+            rows, columns = (slice(start * into, (start + size) * into) for start in (top, left))
+            made = function(picture[..., rows, columns]) * weight.to(x)
+            yield slice(top * out, top * out + len(down)), slice(left * out, left * out + len(across)), made
+
     pictures = []
     for picture in x.split(1):
-        total = weights = torch.zeros(())
-        for (top, down), (left, across) in product(*(list(_cuts(n, size, overlap, out)) for n in (height, width))):
-            rows = slice(top * into, min(top + size, height) * into)
-            columns = slice(left * into, min(left + size, width) * into)
-            made = function(picture[..., rows, columns])
-            if total.ndim == 0:
-                total = made.new_zeros(*made.shape[:2], height * out, width * out)
-                weights = made.new_zeros(height * out, width * out)
-            weight = (down[:, None] * across).to(made)
-            there = (..., slice(top * out, top * out + made.shape[-2]), slice(left * out, left * out + made.shape[-1]))
-            total[there] += weight * made
-            weights[there] += weight
-        pictures.append(total / weights)
+        with norms.attached():
+            if norms.any:
+                for _ in passed(picture):
+                    pass
+            norms.settle()
+            whole = x.new_zeros(())
+            for rows, columns, made in passed(picture):
+                if whole.ndim == 0:
+                    whole = made.new_zeros(1, made.shape[1], height * out, width * out)
+                whole[..., rows, columns] += made
+        pictures.append(whole)
     return torch.cat(pictures)
 
 
-def _cuts(length: int, size: int, overlap: int, out: int) -> Iterator[tuple[int, Tensor]]:
-    """Where tiles begin along an axis, evenly apart, and their weights [size * out]: 1 inside, and towards an inner
-    border a ramp over the middle half of the overlap, 0 beyond it.
+def _cuts(length: int, size: int, overlap: int, out: int) -> list[tuple[int, Tensor]]:
+    """Where tiles begin along an axis, evenly apart, and their weights [size * out], which sum to 1 everywhere: they
+    fall towards an inner border, on a ramp over the middle half of the overlap, and are 0 beyond it.
     """
     count = max(1, -(-(length - overlap) // (size - overlap)))
-    steps = torch.arange(min(size, length) * out) + 0.5
+    starts = [0] if count == 1 else [round(i * (length - size) / (count - 1)) for i in range(count)]
+    steps = torch.arange(min(size, length) * out, dtype=torch.float64) + 0.5
     edge, ramp = overlap * out / 4, overlap * out / 2
-    for i in range(count):
-        start = 0 if count == 1 else round(i * (length - size) / (count - 1))
+    total = torch.zeros(length * out, dtype=torch.float64)
+    weights = []
+    for i, start in enumerate(starts):
         weight = torch.ones_like(steps)
         if i > 0:
             weight = weight * ((steps - edge) / ramp).clamp(0, 1)
         if i < count - 1:
             weight = weight * ((steps.flip(0) - edge) / ramp).clamp(0, 1)
-        yield start, weight
+        weights.append(weight)
+        total[start * out : start * out + len(weight)] += weight
+    shares = [w / total[s * out : s * out + len(w)] for s, w in zip(starts, weights, strict=True)]
+    return list(zip(starts, shares, strict=True))

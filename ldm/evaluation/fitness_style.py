@@ -1,3 +1,6 @@
+"""The style sheet of the fitness page: light and dark, wide and narrow."""
+
+STYLE = """
 :root {
   color-scheme: light dark;
   --paper: #ffffff; --card: #f6f7f9; --ink: #16191d; --soft: #5b6470; --line: #dfe3e8; --track: #e6e9ee;
@@ -46,12 +49,13 @@ pre { margin: 8px 0 0; padding: 12px 14px; background: var(--card); border: 1px 
 
 .reasons { display: grid; grid-template-columns: auto 1fr auto 170px; column-gap: 18px; }
 .reasons > div { display: grid; grid-template-columns: subgrid; grid-column: 1 / -1; align-items: center;
-  padding: 12px 0; border-top: 1px solid var(--line); }
+  grid-template-rows: auto auto; padding: 12px 0; border-top: 1px solid var(--line); }
 .reasons > div:last-child { border-bottom: 1px solid var(--line); }
 .reasons .pill { width: 64px; text-align: center; }
-.reasons b { display: block; }
-.reasons .figure { text-align: right; font-weight: 600; }
-.reasons .figure small { display: block; font-weight: 400; color: var(--soft); }
+.reasons .pill, .sentence, .reasons .gauge { grid-row: 1 / 3; }
+.sentence b { display: block; }
+.reasons .figure { grid-area: 1 / 3; align-self: end; text-align: right; font-weight: 600; }
+.reasons .limits { grid-area: 2 / 3; align-self: start; text-align: right; font-size: 13px; }
 .gauge { position: relative; display: grid; grid-template-columns: 1fr 1fr 1fr; gap: 2px; height: 8px; }
 .gauge b { background: var(--unfit); opacity: .45; border-radius: 4px 0 0 4px; }
 .gauge b + b { background: var(--usable); border-radius: 0; }
@@ -75,18 +79,20 @@ td.off { color: var(--usable); font-weight: 600; }
 
 .ladder { display: grid; grid-template-columns: minmax(110px, 230px) 1fr 62px; column-gap: 16px; font-size: 14px;
   align-items: center; }
-.ladder > div { display: grid; grid-template-columns: subgrid; grid-column: 1 / -1; align-items: center; min-height: 30px; }
+.ladder > div { display: grid; grid-template-columns: subgrid; grid-column: 1 / -1; align-items: center;
+  min-height: 30px; }
 .ladder .label { overflow-wrap: anywhere; line-height: 1.25; padding: 3px 0; }
 .ladder .label small { color: var(--soft); display: block; font-size: 12px; }
 .ladder .track { position: relative; height: 10px; border-radius: 5px; background: var(--track); }
-.ladder .range { position: absolute; top: 0; height: 10px; border-radius: 5px; background: var(--accent); opacity: .35; }
+.ladder .range { position: absolute; top: 0; height: 10px; border-radius: 5px; background: var(--accent);
+  opacity: .35; }
 .ladder .half { position: absolute; top: 0; height: 10px; background: var(--accent); opacity: .55; }
 .ladder .dot { position: absolute; top: -3px; width: 16px; height: 16px; margin-left: -8px; border-radius: 50%;
   border: 3px solid var(--paper); background: var(--soft); }
 .ladder .ours .dot { background: var(--accent); }
 .ladder .ours .label { font-weight: 600; }
 .ladder .value { text-align: right; }
-.ladder .group { grid-column: 1 / -1; color: var(--soft); font-size: 13px; padding: 14px 0 4px; }
+.ladder .group { display: block; color: var(--soft); font-size: 13px; padding: 14px 0 4px; }
 
 .kinds { display: grid; grid-template-columns: repeat(3, 1fr); gap: 16px; margin-top: 14px; }
 .kind { background: var(--card); border: 1px solid var(--line); border-top: 4px solid; border-radius: 10px;
@@ -94,8 +100,10 @@ td.off { color: var(--usable); font-weight: 600; }
 .kind.flat { border-top-color: var(--flat); } .kind.edges { border-top-color: var(--edges); }
 .kind.detail { border-top-color: var(--detail); }
 .kind .name { font-weight: 600; margin: 0; } .kind .area { color: var(--soft); font-size: 13px; margin: 0 0 10px; }
-.kind dl { display: grid; grid-template-columns: 1fr auto; gap: 4px 12px; margin: 0; font-size: 14px; }
-.kind dt { color: var(--soft); overflow-wrap: anywhere; } .kind dd { margin: 0; text-align: right; }
+.kind th, .kind td { padding: 5px 0 5px 12px; }
+.kind th:first-child, .kind td:first-child { padding-left: 0; }
+.kind tr:last-child td { border-bottom: 0; }
+td.wraps { white-space: normal; overflow-wrap: anywhere; }
 
 .legend { display: flex; flex-wrap: wrap; gap: 4px 18px; font-size: 13px; color: var(--soft); margin: 0 0 12px; }
 .legend span::before { content: ""; display: inline-block; width: 11px; height: 11px; border-radius: 3px;
@@ -104,6 +112,7 @@ td.off { color: var(--usable); font-weight: 600; }
 .shown .key { font-size: 13px; margin: 0 0 8px; color: var(--soft); overflow-wrap: anywhere; }
 .shown .key b { color: var(--ink); }
 .cells { display: grid; grid-template-columns: repeat(var(--n), minmax(0, 256px)); gap: 10px 12px; }
+.cells.many { grid-template-columns: repeat(var(--n), minmax(0, 200px)); }
 figure { margin: 0; min-width: 0; }
 figure img, .pair img { display: block; width: 100%; height: auto; background: var(--card); border-radius: 4px;
   outline: 1px solid var(--line); outline-offset: -1px; }
@@ -130,12 +139,17 @@ footer { margin-top: 40px; font-size: 13px; color: var(--soft); }
   main { padding: 16px 16px 48px; }
   h1 { font-size: 27px; } h2 { margin-top: 36px; }
   .verdict { padding: 18px 18px; } .verdict .say { font-size: 16px; }
-  .reasons { grid-template-columns: auto 1fr auto; column-gap: 12px; }
-  .reasons .gauge { grid-column: 1 / -1; margin-top: 10px; }
-  .reasons .why { grid-column: 1 / -1; grid-row: 2; margin-top: 4px; }
-  .reasons .sentence { display: contents; }
+  .reasons { grid-template-columns: auto minmax(0, 1fr) auto; column-gap: 12px; }
+  .reasons > div { grid-template-rows: none; }
+  .reasons .pill, .sentence b, .reasons .figure { grid-row: 1; align-self: center; }
+  .sentence { display: contents; }
+  .why { grid-area: 2 / 1 / 3 / -1; margin-top: 4px; }
+  .reasons .limits { grid-area: 3 / 1 / 4 / -1; text-align: left; }
+  .reasons .gauge { grid-area: 4 / 1 / 5 / -1; margin: 8px 0 4px; }
+  .typical { grid-template-columns: repeat(auto-fill, minmax(min(100%, 160px), 1fr)); }
   .kinds { grid-template-columns: 1fr; gap: 10px; }
   .cells { gap: 8px; } .cells.one { --n: 2 !important; }
   .two { grid-template-columns: minmax(0, 1fr); gap: 16px; }
   .ladder { grid-template-columns: minmax(92px, 34%) 1fr auto; column-gap: 10px; }
 }
+"""
