@@ -125,6 +125,8 @@ def finest(fitness: Fitness, originals: Originals, kind: str) -> float:
     curve = np.maximum.accumulate(np.maximum(curve, 1e-12))
     if error < curve[0]:
         return 1.0
+    if error >= curve[-1]:
+        return SHRINKS[-1]
     return float(np.exp(np.interp(np.log(error), np.log(curve), np.log(SHRINKS))))
 
 

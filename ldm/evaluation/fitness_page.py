@@ -31,7 +31,7 @@ from ldm.evaluation.regions import DETAIL, FLAT, KINDS
 GENERATOR = "python -m ldm inspect-autoencoder"
 MARK = f'<meta name="generator" content="{GENERATOR}"/>'
 """In every page, near its beginning: such a file may be replaced by another."""
-NAMES = {"flat": "Plain areas", "edges": "Edges", "detail": "Fine detail, small text"}
+NAMES = {"flat": "Plain areas", "edges": "Edges, soft texture", "detail": "Fine detail, small text"}
 
 
 @dataclass(frozen=True)

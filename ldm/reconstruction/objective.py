@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -122,9 +123,9 @@ class ReconstructionObjective(nn.Module):
         carrier = (wide(reconstruction) * (rec + weight * adv)).sum() + penalty.mean() + d_loss.mean()
         if self.logvar is not None:
             carrier = carrier + self.logvar * logvar_gradient[0]
-        value = distance + weight * adv_loss + penalty
+        value = distance + weight.nan_to_num() * adv_loss + penalty  # a picture that is not a number spoils no other's
         return {
-            "loss": value.detach() + (carrier - carrier.detach()),
+            "loss": _Carried.apply(value.detach(), carrier),
             **terms,
             **parts,
             "adversarial": adv_loss,
@@ -162,6 +163,18 @@ class ReconstructionObjective(nn.Module):
             return warm * self.kl_weight * kl, {"kl": kl}
         parts = {name: wide(code[name]) for name in ("codebook", "commitment")}
         return self.codebook_weight * parts["codebook"] + self.commitment_weight * parts["commitment"], parts
+
+
+class _Carried(torch.autograd.Function):
+    """The first, with the gradient of the second: `_Carried.apply(value [B], carrier)`, whose mean counts once."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, carrier: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor]:
+        return None, gradient.sum()
 
 
 def wide(x: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ def import_autoencoder(found: ForeignAutoencoder, path: Path, out: Path) -> None
     weights = keymap.to_ours(table, found.part.tensors)
     tensors, measured = with_statistics(module, weights, found.mean, found.std, source)
     print(f"found: {found.kind}: {millions(module)}, f = {module.downsampling}; {', '.join(dtypes)}")
-    print(f"  latents of {module.latent_channels} channels, {_in_words(found)}")
+    print(f"  latents of {module.latent_channels} channels, {_in_words(found.mean, found.std)}")
     for note in found.notes:
         print(f"  {note}")
 
@@ -59,11 +59,10 @@ def import_autoencoder(found: ForeignAutoencoder, path: Path, out: Path) -> None
     print(f"              python train.py experiment={out.name} data.path=...")
 
 
-def _in_words(found: ForeignAutoencoder) -> str:
-    if isinstance(found.std, list):
+def _in_words(mean: float | list[float], std: float | list[float]) -> str:
+    if isinstance(std, list):
         return "mean and deviation of each channel"
-    shift = f", shift_factor {found.mean:g}" if found.mean else ""
-    return f"scaling_factor {1 / found.std:g}{shift}"
+    return f"scaling_factor {1 / std:g}" + (f", shift_factor {mean:g}" if mean else "")
 
 
 def _experiment(node: Node, out: Path) -> dict[str, Any]:
@@ -134,7 +133,7 @@ def with_statistics(
         "latent_mean": statistics["statistics.mean"].tolist(),
         "latent_std": statistics["statistics.std"].tolist(),
         "latent_images": 0,
-        "latent_source": f"the factors of {source['file']} ({source['kind']}), not measured",
+        "latent_source": f"{_in_words(mean, std)} of {source['file']} ({source['kind']}), not measured",
     }
 
 

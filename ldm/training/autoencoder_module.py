@@ -118,7 +118,12 @@ class AutoencoderModule(StageModule):
         }
 
     def validation_summary(self) -> dict[str, float]:
-        return self.measures.results(self.autoencoder.statistics)
+        return self.measures.results(self.autoencoder.statistics.std if self.has_statistics else None)
+
+    @property
+    def has_statistics(self) -> bool:
+        """Whether its latents were measured, or come with the factor of a known model, which may be 1."""
+        return self.latent_source is not None or self.autoencoder.statistics.known
 
     def resume_from(self, checkpoint: Checkpoint) -> None:
         super().resume_from(checkpoint)
@@ -138,7 +143,7 @@ class AutoencoderModule(StageModule):
     def describe(self) -> dict[str, Any]:
         statistics = self.autoencoder.statistics
         latent_id = None
-        if statistics.known:
+        if self.has_statistics:
             with self.averaged():
                 latent_id = self.autoencoder.latent_id()
         return {

@@ -8,7 +8,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ldm.models.autoencoder.statistics import LatentStatistics
 from ldm.precompute.statistics import ChannelMoments
 from ldm.reconstruction.measures import SSIM_WINDOW, FeatureMoments, codebook_use, frechet_distance, psnr, ssim
 
@@ -61,8 +60,8 @@ class SetMeasures:
             if self._pictures is None:
                 self._seen.add(self.perceptual.embed(images.float())[valid])  # type: ignore[operator]
 
-    def results(self, stored: LatentStatistics) -> dict[str, float]:
-        """By name; every rank takes part and gets the same. stored: of the autoencoder."""
+    def results(self, stored_std: Tensor | None = None) -> dict[str, float]:
+        """By name; every rank takes part and gets the same. stored_std: [C] of the autoencoder's statistics."""
         self._latents.all_ranks()
         self.num_latents = int(self._latents.n)
         if self.num_latents == 0:  # no picture could be read
@@ -70,7 +69,7 @@ class SetMeasures:
         std = self._latents.variance.sqrt()
         found = {"latent_std": float(std.square().mean().sqrt())}
         logarithm = std.clamp(min=LEAST_STD).log()
-        reference = stored.std.tolist() if stored.known else self.last_std
+        reference = self.last_std if stored_std is None else stored_std.tolist()
         if reference is not None:
             drift = logarithm - torch.tensor(reference, dtype=torch.float64).log()
             found["latent_drift"] = float(drift.abs().max())

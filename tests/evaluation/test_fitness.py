@@ -79,7 +79,8 @@ def test_nothing_lost_is_good_and_everything_lost_is_not():
     assert fitness.psnr.min() >= 100 and fitness.colour.max() == 0 and fitness.beyond == 0
     assert finest(fitness, originals, "detail") == 1
     assert verdict_of(Fake()).level == "good"
-    _, black = measured(Brightens(-400))
+    originals, black = measured(Brightens(-400))
+    assert finest(black, originals, "detail") == 8
     assert black.worst_beyond > 250 and black.beyond > 0.9
     assert {f.level for f in verdict_of(Brightens(-400)).findings} == {"unfit"}
 

@@ -30,8 +30,7 @@ def test_a_plain_picture_is_flat_and_an_edge_is_an_edge_in_either_direction():
 
 
 def test_the_limit_of_flat_is_the_step_that_the_comment_says():
-    heights = [h for h in range(1, 40) if kinds_in(step(h)) != {"flat"}]
-    assert heights[0] == 12  # 0.36 c reaches FLAT
+    assert kinds_in(step(11)) == {"flat"} and kinds_in(step(12)) == {"flat", "edges"}  # 0.36 c reaches FLAT
     assert pytest.approx(0.36, abs=0.005) == FLAT / 11.1
 
 

@@ -111,6 +111,16 @@ def test_the_value_of_the_loss_is_that_of_the_autoencoder():
     torch.testing.assert_close(terms["loss"], expected)
 
 
+def test_one_broken_picture_spoils_its_own_loss_alone():
+    """Its gradient spoils the step, which is skipped; the losses say whose fault it was."""
+    autoencoder, objective, images, noise = make()
+    images[2, 0, 0, 0] = float("nan")
+    terms = terms_of(autoencoder, objective, images, noise)
+    terms["loss"].mean().backward()
+    assert terms["loss"].isnan().tolist() == [False, False, True, False]
+    assert autoencoder.decoder.conv_out.weight.grad.isnan().any()
+
+
 def test_accumulated_gradients_add_up():
     autoencoder, objective, images, noise = make(adaptive=False)
     terms_of(autoencoder, objective, images, noise)["loss"].mean().backward()

@@ -23,9 +23,13 @@ NODE = {"class": "ldm.models.autoencoder.kl.AutoencoderKL", "args": SETTINGS}
 
 
 @pytest.fixture(autouse=True)
-def quick_ssim(monkeypatch):
-    """SSIM is tested where it is written, and takes most of the time here."""
+def quick(monkeypatch):
+    """SSIM is tested where it is written, and takes most of the time here; tiny tensors are quicker in one thread."""
     monkeypatch.setattr("ldm.evaluation.fitness.ssim", lambda a, b: torch.ones(len(a)))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def write_run(place, image_size=16, steps=(5,), finished=True, **settings):

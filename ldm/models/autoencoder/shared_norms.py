@@ -52,7 +52,7 @@ class SharedNorms:
         if norm in self._settled:
             mean, variance = (value.to(x)[..., None, None, None] for value in self._settled[norm])
             scaled = ((groups - mean) * (variance + norm.eps).rsqrt()).flatten(1, 2)
-            return scaled * norm.weight[:, None, None] + norm.bias[:, None, None]
+            return scaled * norm.weight[:, None, None] + norm.bias[:, None, None] if norm.affine else scaled
         weight = F.interpolate(self.weight[None, None].to(x), x.shape[-2:], mode="area")[:, None]
         share = weight.sum() * groups.shape[2]
         mean = (groups * weight).sum((2, 3, 4)) / share

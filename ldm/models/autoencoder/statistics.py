@@ -37,7 +37,7 @@ class LatentStatistics(nn.Module):
 
     @property
     def known(self) -> bool:
-        """Whether they were measured, or taken over from a model that states its scaling factor."""
+        """Whether they were measured, or set to anything but 0 and 1."""
         return int(self.count) > 0 or bool((self.mean != 0).any()) or bool((self.std != 1).any())
 
     @torch.no_grad()
