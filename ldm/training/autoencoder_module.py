@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from ldm.checkpoints.store import Checkpoint
 from ldm.errors import UNCLASSIFIED, LdmError
 from ldm.model import load_weights
-from ldm.models.autoencoder.kl import AutoencoderKL
+from ldm.models.autoencoder.convolutional import ConvolutionalAutoencoder
+from ldm.models.autoencoder.vq import AutoencoderVQ
 from ldm.precompute.statistics import batches_of, chosen_images, measure_statistics
 from ldm.random import Draws, Purpose
 from ldm.reconstruction.adversarial import inputs_of
 from ldm.reconstruction.objective import ReconstructionObjective
+from ldm.training.codebook import tend_codebook
 from ldm.training.reconstruction_measures import SetMeasures, picture_measures
 from ldm.training.stage_module import StageModule, StageSettings
 from ldm.training.step import Player
@@ -43,7 +45,7 @@ class AutoencoderModule(StageModule):
     def __init__(
         self,
         settings: StageSettings,
-        autoencoder: AutoencoderKL,
+        autoencoder: ConvolutionalAutoencoder,
         objective: ReconstructionObjective,
         saved_config: dict[str, Any],
         discriminator_optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None = None,
@@ -54,6 +56,7 @@ class AutoencoderModule(StageModule):
         self.autoencoder, self.objective, self.saved_config = autoencoder, objective, saved_config
         self.discriminator_optimizer, self.statistics_images = discriminator_optimizer, statistics_images
         self.latent_source: str | None = None
+        self._codes: list[dict[str, Tensor]] = []  # of this step's micro-batches, where there is a codebook
         self.decoder_only = decoder_only
         if decoder_only:
             for name, parameter in autoencoder.named_parameters():
@@ -96,6 +99,10 @@ class AutoencoderModule(StageModule):
         decoder = self.autoencoder.decoder
         with inputs_of(decoder.conv_out) as inputs:
             reconstruction, code = self.autoencoder(images, noise)
+        if isinstance(self.autoencoder, AutoencoderVQ):
+            if self.step.micro == 0:  # the first of a step; a skipped one may have left some
+                self._codes = []
+            self._codes.append({name: code[name].detach() for name in ("latents", "codes")})
         return self.objective.training_terms(
             reconstruction,
             images,
@@ -106,6 +113,10 @@ class AutoencoderModule(StageModule):
             patch_size=decoder.patch_size,
             mean=_mean_over_ranks,
         )
+
+    def step_ended(self) -> None:
+        if isinstance(self.autoencoder, AutoencoderVQ):
+            self.logs["revived_codes"] = tend_codebook(self.autoencoder, self.step, self._codes, self.key)
 
     @torch.no_grad()
     def validation_terms(self, batch: Batch) -> dict[str, Tensor]:

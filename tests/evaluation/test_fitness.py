@@ -116,10 +116,14 @@ def test_stored_statistics_that_do_not_fit_are_noticed():
     fits.statistics.count.fill_(12)
     assert drifted(measured(fits)[1].latents) == []
     fits.statistics.std[1] *= 1 + 1.1 * DRIFT
+    fits.statistics.std[2] /= 1 + 1.1 * DRIFT
     found = measured(fits)[1].latents
-    assert drifted(found) == [1]
+    assert drifted(found) == [1, 2]
     assert found.raw_std == pytest.approx(pooled.std((0, 2, 3), correction=0).numpy(), rel=1e-5)
-    assert any("do not fit" in note.text and "channel 2" in note.text for note in verdict_of(fits).notes)
+    assert any("do not fit" in note.text and "channels 2 and 3" in note.text for note in verdict_of(fits).notes)
+    fits.statistics.std.copy_(pooled.std((0, 2, 3)))
+    fits.statistics.mean[0] -= 1.1 * DRIFT * fits.statistics.std[0]
+    assert drifted(measured(fits)[1].latents) == [0]
     assert any("no latent statistics" in note.text for note in verdict_of(plain).notes)
 
 
