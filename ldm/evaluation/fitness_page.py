@@ -65,6 +65,7 @@ def page(report: Report) -> str:
         _reasons(report, chosen),
         _steps(report, chosen),
         _ladder(report),
+        _measures(report),
         _kinds(report),
         _pictures(report),
         _latents(report),
@@ -231,6 +232,34 @@ def _ladder(report: Report) -> Html:
                 el("div", rows, cls="ladder"))  # fmt: skip
 
 
+def measures(fitness: Fitness) -> list[tuple[str, list[str]]]:
+    """(measure, [median, worst twentieth, mean]) over the pictures; of a set's distance the one figure."""
+    rows = []
+    perceptual = [(f"perceptual_{label}", values, 95, "{:.4f}") for label, values in fitness.perceptual.items()]
+    for name, values, worst, form in [
+        ("PSNR, dB", fitness.psnr, 5, "{:.2f}"),
+        ("SSIM", fitness.ssim, 5, "{:.3f}"),
+        ("colour shift, dE", fitness.colour, 95, "{:.2f}"),
+        *perceptual,
+    ]:
+        figures = [np.median(values), np.percentile(values, worst), np.mean(values)]
+        rows.append((name, [form.format(float(v)) for v in figures]))
+    return rows + [(f"fd_{label}", [f"{value:.4g}", "", ""]) for label, value in fitness.frechet.items()]
+
+
+def _measures(report: Report) -> Html:
+    several, rows = len(report.candidates) > 1, []
+    per_candidate = [measures(fitness) for fitness in report.fitness]
+    for same in zip(*per_candidate, strict=True):
+        for candidate, (name, values) in zip(report.candidates, same, strict=True):
+            owner = el("td", candidate.name, cls="wraps") if several else None
+            rows.append(el("tr", el("td", name), owner, [el("td", value) for value in values]))
+    heads = ["", *["autoencoder"] * several, "median", "worst twentieth", "mean"]
+    table = el("table", el("thead", el("tr", [el("th", head) for head in heads])), el("tbody", rows))
+    network = f"Perceptual and Fréchet distances: {report.features}"
+    return join(el("h2", "All measures"), el("div", table, cls="scroll"), el("p", network, cls="soft"))
+
+
 # ---- where the error lies
 
 
@@ -363,7 +392,9 @@ def _number(value: float, form: str) -> str:
 
 def _scale(fitness: Fitness) -> Html:
     latents, count = fitness.latents, len(fitness.psnr)
-    stored = f"{latents.stored_count:,} pictures" if latents.stored_count else "no pictures, a known model's factor"
+    known = latents.stored_mean.any() or (latents.stored_std != 1).any()
+    stored = "a known model's factor" if known else "nothing yet: they were not measured"
+    stored = f"{latents.stored_count:,} pictures" if latents.stored_count else stored
     few = "" if count >= 1000 else f" These are {count} pictures: a rough estimate."
     text = el(
         "div",

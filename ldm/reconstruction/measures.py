@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 SSIM_WINDOW = 11
@@ -23,14 +24,21 @@ def ssim(reconstruction: Tensor, images: Tensor) -> Tensor:
     Raises ValueError for pictures of less than `SSIM_WINDOW` pixels in height or width.
     Source: Wang et al. 2004, "Image quality assessment", equation 13, with K1 = 0.01 and K2 = 0.03.
     """
-    from torchmetrics.functional.image import structural_similarity_index_measure
-
     height, width = images.shape[-2:]
     if min(height, width) < SSIM_WINDOW:
         raise ValueError(f"SSIM needs at least {SSIM_WINDOW} x {SSIM_WINDOW} pixels, not {height} x {width}")
     # float64: variances are differences of large numbers, and neither autocast nor TF32 may round them
-    pair = reconstruction.double().clamp(-1, 1), images.double()
-    return structural_similarity_index_measure(*pair, sigma=1.5, data_range=2.0, reduction="none").float()  # type: ignore[union-attr]
+    x, y = reconstruction.double().clamp(-1, 1), images.double()
+    window = torch.exp(-(torch.arange(SSIM_WINDOW, device=x.device) - SSIM_WINDOW // 2).double().square() / 4.5)
+    window = window / window.sum()
+    maps = torch.cat([x, y, x * x, y * y, x * y]).flatten(0, 1).unsqueeze(1)
+    maps = F.pad(maps, [SSIM_WINDOW // 2] * 4, mode="reflect")
+    maps = F.conv2d(F.conv2d(maps, window.view(1, 1, -1, 1)), window.view(1, 1, 1, -1))  # rows, then columns
+    mx, my, xx, yy, xy = maps.view(5, *x.shape).unbind()
+    c1, c2 = (0.01 * 2) ** 2, (0.03 * 2) ** 2
+    luminance = (2 * mx * my + c1) / (mx * mx + my * my + c1)
+    structure = (2 * (xy - mx * my) + c2) / (xx - mx * mx + yy - my * my + c2)
+    return (luminance * structure).mean((1, 2, 3)).float()
 
 
 class FeatureMoments:

@@ -8,7 +8,7 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from ldm.evaluation.fitness_page import Report, comparison, figure
+from ldm.evaluation.fitness_page import Report, comparison, figure, measures
 from ldm.evaluation.fitness_verdict import BY_KEY
 from ldm.tools.samples import plain
 
@@ -25,6 +25,8 @@ def show_report(report: Report, place: str, console: Console | None = None) -> N
     if len(report.candidates) > 1:
         console.print(Padding(_side_by_side(report), (0, 2, 1, 2)))
     console.print(_verdict(report, chosen))
+    if len(report.candidates) == 1:
+        console.print(Padding(_measures(report), (0, 2, 1, 2)))
     for text, command in report.verdicts[chosen].steps:
         console.print(Padding(Text(f"→ {plain(text)}"), (0, 2)))
         if command:  # on one line, so that it can be copied
@@ -43,6 +45,15 @@ def _side_by_side(report: Report) -> RenderableType:
     for name, values, top in comparison(report):
         cells = [Text(value, style="bold" if i == top else "") for i, value in enumerate(values)]
         table.add_row(Text(name, style="dim"), *cells)
+    return table
+
+
+def _measures(report: Report) -> RenderableType:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for head in ("", "median", "worst twentieth", "mean"):
+        table.add_column(Text(head, style="dim"), justify="right" if head else "left")
+    for name, values in measures(report.fitness[0]):
+        table.add_row(Text(name, style="dim"), *values)
     return table
 
 

@@ -131,6 +131,17 @@ def test_several_stand_side_by_side_and_the_best_is_named(three):
     assert three.count("<img") == 2 * (2 + 3 * 3) + 2 * 4  # original and kinds, three of each; then pairs
 
 
+def test_every_measure_is_told_with_its_spread_and_its_name():
+    report = report_of(Shrinks(2.0), pictures=0)
+    fitness = replace(report.fitness[0], perceptual={"net-1": np.arange(6.0)}, frechet={"net-1": 12.5})
+    words = " ".join(parsed(page(replace(report, fitness=[fitness]))).text)
+    psnr = [np.median(fitness.psnr), np.percentile(fitness.psnr, 5), fitness.psnr.mean()]
+    assert "PSNR, dB " + " ".join(f"{v:.2f}" for v in psnr) in words
+    assert "SSIM 1.000 1.000 1.000" in words
+    assert "perceptual_net-1 2.5000 4.7500 2.5000" in words and "fd_net-1 12.5" in words
+    assert "LPIPS" not in words and "FID" not in words
+
+
 def test_pictures_are_bounded_in_size():
     noise = np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)
     assert len(fitness_plots.picture(noise, "noise")) < 2**18 + 2**10  # the worst there is: 192 kB and base64

@@ -129,10 +129,10 @@ REFUSED = {
     "foreign": ("{foreign}", "{in}", "error[RUN]: this is no run; {foreign}; import it first: python -m ldm import"),
     "no data": ("{one}", "{runs}/nothing", "error[DATA]: "),
     "empty data": ("{one}", "{none}", "error[DATA]: "),
-    "indivisible": ("{one}", "{runs}/nothing", "error[SIZE]: pictures of 18x18 do not fit the autoencoder; one; multiples of 4 "
-                    "of at least 16; image_size=16", "image_size=18"),
-    "sizes": ("{one}", "{runs}/nothing", "error[SIZE]: the checkpoints were trained on pictures of different sizes; image_size; "
-              "{one} 16, {large} 32; say which: image_size=32", "{large}"),
+    "indivisible": ("{one}", "{runs}/nothing", "error[SIZE]: pictures of 18x18 do not fit the autoencoder; one; "
+                    "multiples of 4 of at least 16; image_size=16", "image_size=18"),
+    "sizes": ("{one}", "{runs}/nothing", "error[SIZE]: the checkpoints were trained on pictures of different sizes; "
+              "image_size; {one} 16, {large} 32; say which: image_size=32", "{large}"),
     "twice": ("{one}", "{in}", "error[CONFIG]: a checkpoint is given twice; {one}; name each once", "{one}"),
     "place": ("{one}", "{in}", "error[DISK]: there is no such folder", "out={runs}/no/p.html"),
     "folder": ("{one}", "{in}", "error[DISK]: this is a folder; {in}; out={in}/" + PAGE, "out={in}"),
