@@ -10,7 +10,7 @@ of the rounds' ratios.
 device: auto, cpu or cuda.   size: reduced (Stable Diffusion's autoencoder at a fourth of its width, 64 pixels) or sd
     (its full size, 256 pixels); auto: reduced on the CPU, sd on a GPU.   batch: 0 = 4, on a GPU 8.
 precision: 32 or bf16; auto: bf16 on a GPU, 32 on the CPU.
-Memory: peak allocated on a GPU; on the CPU the growth of a fresh process' peak while it takes two steps.
+Memory, in a fresh process for each arm: peak allocated on a GPU; on the CPU the growth of its peak by two steps.
 """
 
 from __future__ import annotations
@@ -116,11 +116,8 @@ def difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
     return max(found)
 
 
-def peak_memory(arm: str, words: list[str], device: torch.device, step: Step) -> float:
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        step()
-        return torch.cuda.max_memory_allocated() / 2**30
+def peak_memory(arm: str, words: list[str]) -> float:
+    """GiB, in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.adaptive_weight", *words, f"child={arm}"]
     said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return float(json.loads(said.splitlines()[-1]))
@@ -143,7 +140,8 @@ def main(arguments: Sequence[str]) -> None:
         step = make_step(options["child"], *settings)
         before = peak_rss_gib()
         step(), step()
-        return print(json.dumps(peak_rss_gib() - before))
+        peak = torch.cuda.max_memory_allocated() / 2**30 if gpu else peak_rss_gib() - before
+        return print(json.dumps(peak))
 
     steps = {arm: make_step(arm, *settings) for arm in ARMS}
     first = {arm: {name: g.clone() for name, g in steps[arm]().items()} for arm in ARMS}
@@ -151,7 +149,7 @@ def main(arguments: Sequence[str]) -> None:
     if options["precision"] == "32":
         check(apart < 1e-4, "NUMBERS", "the arms do not compute the same gradients", limit=f"{apart:.1e} apart")
     words = [f"{key}={value}" for key, value in options.items() if key != "child"]
-    memory = {arm: peak_memory(arm, words, device, steps[arm]) for arm in ARMS}
+    memory = {arm: peak_memory(arm, words) for arm in ARMS}
     seconds: dict[str, list[float]] = {arm: [] for arm in ARMS}
     for arm in ARMS:  # warm-up
         timed(steps[arm], device)

@@ -107,13 +107,17 @@ def validate(cfg: Mapping[str, Any]) -> None:
 
 
 def _fine_tuning(cfg: Mapping[str, Any]) -> Iterator[LdmError]:
-    wanted = dict(walk(cfg)).get("stage.autoencoder.train", "all")
+    values = dict(walk(cfg))
+    wanted, images = values.get("stage.autoencoder.train", "all"), values.get("stage.autoencoder.statistics_images")
     if wanted not in ("all", "decoder"):
         what = f"stage.autoencoder.train={wanted} is refused"
         yield LdmError("CONFIG", what, next=nearest(str(wanted), ("all", "decoder")))
     elif wanted == "decoder" and "autoencoder" in cfg["stages"] and not cfg["init_from"]:
         what = "stage.autoencoder.train=decoder needs an autoencoder whose latents it keeps"
         yield LdmError("CONFIG", what, next="add init_from=RUN, a run whose autoencoder is finished")
+    elif wanted == "decoder" and "autoencoder" in cfg["stages"] and images is not None:
+        what = f"stage.autoencoder.statistics_images={images} is refused: train=decoder keeps the statistics"
+        yield LdmError("CONFIG", what, next="leave it out, or set stage.autoencoder.train=all")
 
 
 def _indivisible(cfg: Mapping[str, Any]) -> Iterator[LdmError]:

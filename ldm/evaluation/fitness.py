@@ -41,12 +41,18 @@ class Features(Protocol):
 
 @dataclass(frozen=True)
 class Candidate:
-    """An autoencoder to judge. about: facts in words, for the report.   run: what commands call it."""
+    """An autoencoder to judge.
+
+    run: what commands call it; empty if they would begin from other weights.   about: facts in words, for the report.
+    finished: whether its training is.   has_statistics: whether those of its latents are measured, or a known model's.
+    """
 
     name: str
     autoencoder: nn.Module
     run: str = ""
     about: Mapping[str, str] = field(default_factory=dict)
+    finished: bool = True
+    has_statistics: bool = True
 
     @property
     def downsampling(self) -> int:

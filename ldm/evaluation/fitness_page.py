@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,6 +39,7 @@ class Report:
     """All that the page shows; candidates, fitness and verdicts in the same order.
 
     data: what the pictures are, (name, words).   features: the network of the perceptual figures, or why there is none.
+    left_out: how many samples of the whole data set the index could not use, by kind.
     """
 
     candidates: Sequence[Candidate]
@@ -50,6 +51,7 @@ class Report:
     data: Sequence[tuple[str, str]] = ()
     features: str = ""
     cautions: Sequence[str] = field(default_factory=tuple)
+    left_out: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def best(self) -> int:
@@ -269,7 +271,7 @@ def _kinds(report: Report) -> Html:
         limit = next(limit for limit in LIMITS if limit.key == kind)
         rows = []
         for candidate, fitness in zip(report.candidates, report.fitness, strict=True):
-            error = el("td", f"{fitness.level_error(kind):.1f}")
+            error = el("td", _number(fitness.level_error(kind), "{:.1f}"))
             kept = el("td", figure(limit, finest(fitness, report.originals, kind))) if limit.unit == "px" else None
             rows.append(el("tr", el("td", candidate.name, cls="wraps"), error, kept))
         heads = [el("th", words) for words in ("", "error, levels", "finest kept")[: 3 if limit.unit == "px" else 2]]
@@ -311,7 +313,7 @@ def _shown(shown: Shown, rank: int, report: Report) -> Html:
     def cell(pixels: Any, words: str) -> Html:
         return el("figure", picture(pixels, words), el("figcaption", words))
 
-    first, kinds = cell(shown.original, "original"), cell(kind_map(shown.original, shown.kinds), "kinds of regions")
+    first = cell(shown.original, "original")
     made = [f"{value:.1f} dB" for value in shown.psnr]
     if len(names) == 1:
         cells = [
@@ -322,7 +324,8 @@ def _shown(shown: Shown, rank: int, report: Report) -> Html:
         ]
         return el("div", head, el("div", cells, cls="cells one", style="--n:4"), cls="shown")
     cells = [first, *(cell(p, f"{n}, {m}") for p, n, m in zip(shown.made, names, made, strict=True))]
-    cells += [kinds, *(cell(error_map(p, shown.original, shown.kinds), f"error map, {n}")
+    cells += [cell(kind_map(shown.original, shown.kinds), "kinds of regions"),
+              *(cell(error_map(p, shown.original, shown.kinds), f"error map, {n}")
                        for p, n in zip(shown.made, names, strict=True))]  # fmt: skip
     cells += [el("figure"), *(cell(difference(p, shown.original), f"difference x {GAIN}, {n}")
                               for p, n in zip(shown.made, names, strict=True))]  # fmt: skip
@@ -358,7 +361,7 @@ def _latents(report: Report) -> Html:
             parts.append(el("p", f"{used:.1f} % of the codebook's codes occur on these pictures; they are as many as "
                             f"{alike:.0f} equally frequent ones.", cls="soft"))  # fmt: skip
         parts.append(el("div", _channels(fitness), cls="scroll"))
-        parts.append(_scale(fitness))
+        parts.append(_scale(candidate, fitness))
     return join(parts)
 
 
@@ -390,10 +393,9 @@ def _number(value: float, form: str) -> str:
     return form.format(value) if math.isfinite(value) else "none"
 
 
-def _scale(fitness: Fitness) -> Html:
+def _scale(candidate: Candidate, fitness: Fitness) -> Html:
     latents, count = fitness.latents, len(fitness.psnr)
-    known = latents.stored_mean.any() or (latents.stored_std != 1).any()
-    stored = "a known model's factor" if known else "nothing yet: they were not measured"
+    stored = "a known model's factor" if candidate.has_statistics else "nothing yet: they were not measured"
     stored = f"{latents.stored_count:,} pictures" if latents.stored_count else stored
     few = "" if count >= 1000 else f" These are {count} pictures: a rough estimate."
     text = el(
@@ -427,9 +429,12 @@ def _originals(report: Report) -> Html:
     originals = report.originals
     count = len(originals.keys)
     constant, saturated = originals.deviation < CONSTANT, originals.saturated > SATURATED
+    kinds = ", ".join(f"{n:,} {kind}" for kind, n in sorted(report.left_out.items()))
+    left_out = f"Of the whole data, {sum(report.left_out.values()):,} more were left out beforehand ({kinds})."
     items = [
         f"{count:,} pictures of {originals.size[1]}x{originals.size[0]} pixels were encoded and decoded; "
         f"{originals.num_bad:,} could not be read.",
+        *[left_out] * bool(report.left_out),
         f"{100 * constant.mean():.1f} % are constant (values deviate by less than {CONSTANT:g} level). "
         + ("They teach an autoencoder nothing: leave them out." if constant.any() else ""),
         f"{100 * saturated.mean():.1f} % are saturated (more than {100 * SATURATED:.0f} % of the values are 0 or 255), "

@@ -78,7 +78,8 @@ BY_KEY = {limit.key: limit for limit in LIMITS}
 
 DRIFT = 0.25
 """The stored statistics fit while every channel's mean is within this many deviations of 0 and its deviation within
-a factor 1 + DRIFT of 1: beyond, the denoiser's signal-to-noise ratio is off by more than (1.25)^2 = 1.56."""
+a factor 1 + DRIFT of 1: beyond, the denoiser's signal-to-noise ratio is off by more than (1.25)^2 = 1.56. A known
+model's one factor cannot fit each channel, and its denoisers live with that: there only the deviation of all counts."""
 SIGNAL = 0.1
 """A channel of which less than this share is no noise of the posterior carries nothing."""
 
@@ -113,8 +114,6 @@ class Verdict:
         missed = [BY_KEY[f.key].name for f in self.findings if f.level == self.level != "good"]
         if not missed:
             return "Every figure is within the limits of a good autoencoder."
-        if self.level == "unfit" and len(missed) == len(self.findings):
-            return "Nothing of them is kept well enough: neither areas nor colours, edges or detail."
         words, several = listed(missed), len(missed) > 1 or missed[0].endswith(("s", "text"))
         verb = ("fall" if several else "falls") + " short"
         how = "of what is usable" if self.level == "unfit" else "of good"
@@ -130,8 +129,8 @@ def judge(candidate: Candidate, fitness: Fitness, originals: Originals, data: st
         if math.isfinite(value):
             findings.append(Finding(limit.key, limit.level(value), _sentence(limit.key, value, fitness), value))
     level = max((f.level for f in findings), key=LEVELS.index)
-    notes = _notes(fitness)
-    return Verdict(level, findings, notes, _steps(candidate, fitness, findings, notes, originals, data))
+    notes = _notes(candidate, fitness.latents)
+    return Verdict(level, findings, notes, _steps(candidate, findings, notes, originals, data))
 
 
 def figures_of(fitness: Fitness, originals: Originals) -> dict[str, float]:
@@ -165,19 +164,26 @@ def _sentence(key: str, value: float, fitness: Fitness) -> str:
     return f"{what} back as if the picture had been shrunk by {worse}{value:.1f} and enlarged again ({off})."
 
 
-def _notes(fitness: Fitness) -> list[Finding]:
-    latents, notes = fitness.latents, []
-    if latents.stored_count == 0 and not latents.stored_mean.any() and (latents.stored_std == 1).all():
+def _notes(candidate: Candidate, latents: LatentReport) -> list[Finding]:
+    notes, off = [], drifted(latents)
+    if not candidate.has_statistics:
         text = "The checkpoint holds no latent statistics yet: finish its stage."
         notes.append(Finding("statistics", "usable", text))
-    elif off := drifted(fitness.latents):
+    elif latents.one_factor:
+        text = (
+            f"One factor for all channels, as stored, cannot fit each of them; all together deviate by "
+            f"{latents.overall:.2f} on these pictures, where 1 would fit"
+        )
+        text += ": a denoiser would meet other noise levels." if off else ", which is near enough."
+        notes.append(Finding("statistics", "usable" if off else "good", text))
+    elif off:
         words = f"channel{'s' * (len(off) > 1)} {listed([str(c + 1) for c in off])}"
         text = f"The stored statistics do not fit these pictures in {words}: a denoiser would meet other noise levels."
         notes.append(Finding("statistics", "usable", text))
     else:
         text = "The stored statistics fit these pictures."
         notes.append(Finding("statistics", "good", text))
-    if dead := silent(fitness.latents):
+    if dead := silent(latents):
         words = f"Channel{'s' * (len(dead) > 1)} {listed([str(c + 1) for c in dead])}"
         verb = "carry" if len(dead) > 1 else "carries"
         notes.append(Finding("channels", "usable", f"{words} {verb} nothing: fewer channels would do."))
@@ -190,11 +196,12 @@ def drifted(latents: LatentReport) -> list[int]:
 
 
 def off_mean(latents: LatentReport) -> NDArray[np.bool_]:
-    return np.abs(latents.mean) > DRIFT
+    return np.abs(latents.mean) > (math.inf if latents.one_factor else DRIFT)
 
 
 def off_std(latents: LatentReport) -> NDArray[np.bool_]:
-    return (latents.std > 1 + DRIFT) | (latents.std < 1 / (1 + DRIFT))
+    std = np.full_like(latents.std, latents.overall) if latents.one_factor else latents.std
+    return (std > 1 + DRIFT) | (std < 1 / (1 + DRIFT))
 
 
 def silent(latents: LatentReport) -> list[int]:
@@ -206,29 +213,29 @@ def silent(latents: LatentReport) -> list[int]:
 
 
 def _steps(
-    candidate: Candidate,
-    fitness: Fitness,
-    findings: list[Finding],
-    notes: list[Finding],
-    originals: Originals,
-    data: str,
+    candidate: Candidate, findings: list[Finding], notes: list[Finding], originals: Originals, data: str
 ) -> list[tuple[str, str]]:
     """What to do next, the cheapest first."""
+    if not candidate.run:
+        return [("This is not the newest step of its run, and training begins from the newest: look at that one.", "")]
+    if not candidate.finished:
+        return [("Finish its stage: the command that trains it goes on where it stopped. Then look again.", "")]
     levels = {finding.key: finding.level for finding in findings}
     unfit = {key for key, level in levels.items() if level == "unfit"}
+    good = set(levels.values()) == {"good"}
     fits = all(note.level == "good" for note in notes if note.key == "statistics")
     steps: list[tuple[str, str]] = []
-    if set(levels.values()) == {"good"}:
+    if good and fits:
         steps.append(("Train a denoiser on its latents: nothing need be changed.", ""))
-    elif fits or not unfit:
+    if not good:
         text = (
             "Fine-tune the decoder on these pictures: the latents stay as they are, so denoisers and caches of this "
             "autoencoder remain valid."
         )
         steps.append((text, _tune(candidate, originals, data, "decoder")))
     if unfit:
-        text = "If that is not enough, fine-tune all of it" if fits else "Fine-tune all of it: the latents drift, too"
-        steps.append((f"{text}. A denoiser must then be trained anew.", _tune(candidate, originals, data, "all")))
+        text = f"If that is not enough, fine-tune all of it{'' if fits else ', which measures the scale anew, too'}."
+        steps.append((f"{text} A denoiser must then be trained anew.", _tune(candidate, originals, data, "all")))
     if unfit & {"detail", "edges", "worst", "psnr"}:
         f, channels = candidate.downsampling, candidate.latent_channels
         ways = [f"more latent channels (it has {channels}; {2 * channels} halve the compression of "
@@ -237,8 +244,11 @@ def _steps(
             ways.append(f"f{f // 2} instead of f{f}")
         ways.append(f"larger pictures, image_size={2 * originals.size[0]}, if the files have the pixels")
         steps.append((f"What fine-tuning does not bring back needs another autoencoder: {listed(ways, 'or')}.", ""))
-    elif not fits and not unfit:
-        text = "The stored scale does not fit: fine-tuning all of it measures the scale anew, for a new denoiser."
+    if not fits and not unfit:
+        text = (
+            "The stored scale does not fit: before a new denoiser is trained, fine-tune all of it, which measures the "
+            "scale anew."
+        )
         steps.append((text, _tune(candidate, originals, data, "all")))
     return steps
 

@@ -12,6 +12,8 @@ from torch import Tensor
 Array = NDArray[np.float64]
 KEPT = 2**17
 """Values of each channel that are kept to compare their distribution with a normal."""
+STRIDE = 7919
+"""Positions from one picture's kept values to the next one's: a prime, so that in time all positions are met."""
 EDGES = np.linspace(-4.0, 4.0, 41)
 
 
@@ -48,6 +50,17 @@ class LatentReport:
     stored_count: int
 
     @property
+    def one_factor(self) -> bool:
+        """Whether the stored statistics are a known model's factor, one for all channels, and were not measured."""
+        values = (self.stored_mean, self.stored_std)
+        return self.stored_count == 0 and all(bool((v == v[0]).all()) for v in values)
+
+    @property
+    def overall(self) -> float:
+        """Deviation of all standardised values together: raw_scale times a known model's factor."""
+        return float(np.sqrt((self.std**2 + (self.mean - self.mean.mean()) ** 2).mean()))
+
+    @property
     def effective_channels(self) -> float:
         """exp of the entropy of the correlation matrix's spectrum: C when channels are uncorrelated, 1 when equal."""
         alive = np.isfinite(np.diag(self.correlation))
@@ -61,7 +74,7 @@ class LatentTally:
 
     def __init__(self, channels: int, num_images: int) -> None:
         self.per_image = max(1, KEPT // max(1, num_images))
-        self.count = 0
+        self.images, self.count = 0, 0
         self.powers = torch.zeros(4, channels, dtype=torch.float64)
         self.outer = torch.zeros(channels, channels, dtype=torch.float64)
         self.noise = torch.zeros(channels, dtype=torch.float64)
@@ -71,9 +84,8 @@ class LatentTally:
     def add(self, latents: Tensor, noise: Tensor | None = None) -> None:
         """latents: [B, C, h, w], standardised.   noise: the posterior's variance in their units, of the same shape."""
         x = latents.detach().double().flatten(2).transpose(0, 1)  # [C, B, hw]
-        size = x.shape[-1]
-        places = torch.linspace(0, size - 1, min(size, self.per_image), device=x.device).round().long()
-        self.kept.append(x[..., places].flatten(1).float().cpu())
+        places = self._places(*x.shape[1:]).to(x.device)
+        self.kept.append(x.gather(2, places.expand(len(x), -1, -1)).flatten(1).float().cpu())
         x = x.flatten(1)
         self.count += x.shape[1]
         self.powers += torch.stack([(x**k).sum(1) for k in (1, 2, 3, 4)]).cpu()
@@ -81,6 +93,14 @@ class LatentTally:
         if noise is not None:
             self.has_noise = True
             self.noise += noise.detach().double().transpose(0, 1).flatten(1).sum(1).cpu()
+
+    def _places(self, images: int, size: int) -> Tensor:
+        """[images, n]: of `size` positions those to keep, evenly spaced, and others for every picture: what a place of
+        its own does to latents, as a border, must not pass for their distribution."""
+        kept = min(size, self.per_image)
+        numbers = torch.arange(self.images, self.images + images)
+        self.images += images
+        return (numbers[:, None] * STRIDE + torch.arange(kept) * size // kept) % size
 
     def report(self, mean: Tensor, std: Tensor, count: int) -> LatentReport:
         """mean, std [C], count: the statistics that standardised the latents."""

@@ -8,8 +8,8 @@ from torch import Tensor
 
 KINDS = ("flat", "edges", "detail")
 FLAT, DETAIL = 4.0, 16.0
-"""Grey levels of 255 per pixel, averaged over the window. A sharp step of c levels gives 0.36 c: so a plain area may
-have steps of 11 levels, more than JPEG leaves there, and detail has steps of at least 44, a sixth of the range."""
+"""Grey levels of 255 per pixel, averaged over the window. A sharp step of c levels gives 0.349 c: so a plain area may
+have steps of 11 levels, more than JPEG leaves there, and detail has steps of at least 46, a sixth of the range."""
 WINDOW = 7
 SIGMA = 1.5
 
@@ -17,9 +17,20 @@ SIGMA = 1.5
 def regions(images: Tensor) -> Tensor:
     """[B, H, W] uint8, the index in `KINDS` of every pixel of pictures [B, 3, H, W] in [-1, 1].
 
-    From the eigenvalues l1 >= l2 of the structure tensor: the products of the luminance's gradient, averaged with a
-    Gaussian of 1.5 pixels. flat: sqrt(l1) < FLAT, nothing changes.   detail: sqrt(l2) >= DETAIL, strong gradients in
-    more than one direction within seven pixels, as in small text, corners and fine texture.   edges: all others.
+    From the eigenvalues l1 >= l2 of the structure tensor. flat: sqrt(l1) < FLAT, nothing changes.   detail:
+    sqrt(l2) >= DETAIL, strong gradients in more than one direction within seven pixels, as in small text, corners and
+    fine texture.   edges: all others.
+    """
+    larger, smaller = structure(images)
+    kinds = torch.ones_like(larger, dtype=torch.uint8)
+    kinds[larger < FLAT**2] = 0
+    kinds[smaller >= DETAIL**2] = 2
+    return kinds
+
+
+def structure(images: Tensor) -> tuple[Tensor, Tensor]:
+    """(l1, l2) [B, H, W], l1 >= l2, in squared grey levels per pixel: the eigenvalues of the structure tensor, the
+    products of the luminance's gradient averaged with a Gaussian of 1.5 pixels.
     Source: Harris and Stephens 1988, "A combined corner and edge detector", section 2; luminance: ITU-R BT.601.
     """
     weights = images.new_tensor([0.299, 0.587, 0.114], dtype=torch.float32).view(1, 3, 1, 1)
@@ -29,10 +40,7 @@ def regions(images: Tensor) -> Tensor:
     gx, gy = F.conv2d(F.pad(grey, (1, 1, 1, 1), mode="replicate"), sobel).unbind(1)
     a, b, c = _averaged(torch.stack([gx * gx, gx * gy, gy * gy], dim=1)).unbind(1)
     mean, half = (a + c) / 2, (((a - c) / 2).square() + b.square()).sqrt()
-    kinds = torch.ones_like(mean, dtype=torch.uint8)
-    kinds[(mean + half) < FLAT**2] = 0
-    kinds[(mean - half) >= DETAIL**2] = 2
-    return kinds
+    return mean + half, mean - half
 
 
 def _averaged(x: Tensor) -> Tensor:

@@ -77,5 +77,10 @@ class Contrastive(nn.Module):
         return F.normalize(image.float(), dim=1), F.normalize(text.float(), dim=1)
 
     def scale(self) -> Tensor:
-        """What the cosines are multiplied with: learnt, at most 100, where it has no gradient to grow further."""
-        return self.log_scale.exp().clamp(max=MAX_SCALE)
+        """What the cosines are multiplied with."""
+        return self.log_scale.exp()
+
+    @torch.no_grad()
+    def limit_scale(self) -> None:
+        """To 100 at most, after each optimizer step: beyond it training is unstable (section 2.5 of the paper)."""
+        self.log_scale.clamp_(max=math.log(MAX_SCALE))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -79,11 +81,14 @@ class FeatureMoments:
 def frechet_distance(a: FeatureMoments, b: FeatureMoments) -> float:
     """|mean_a - mean_b|^2 + tr(A + B - 2 (A^1/2 B A^1/2)^1/2) of two normals with covariances A and B.
 
-    It falls as the sets grow, so distances compare only for the same features and equally many rows.
+    It falls as the sets grow, so distances compare only for the same features and equally many rows. Not a number
+    where a feature is not.
     Raises ValueError for less than two rows in either. Source: Dowson and Landau 1982; Heusel et al. 2017,
     arXiv:1706.08500, section 3.
     """
     cov_a, cov_b = a.covariance, b.covariance
+    if not bool(torch.isfinite(cov_a).all() & torch.isfinite(cov_b).all()):
+        return math.nan
     values, vectors = torch.linalg.eigh(cov_a)
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
     # symmetric, so its eigenvalues are real; those of A B, the usual way, come out complex when A is singular

@@ -93,7 +93,7 @@ class ReconstructionObjective(nn.Module):
         not in its value; it sees copies only, so that neither player's loss reaches the other's weights. Losses,
         gradients and weight are in float32; the discriminator computes in what surrounds it, but never in float16.
         layer: the autoencoder's last convolution, whose output is the reconstruction, or is so after `pixel_shuffle`
-            by patch_size.   inputs: what that layer was given; None while the discriminator does not act.
+            by patch_size.   inputs: what that layer was given; None where no adaptive weight is needed at this step.
         mean: of a tensor over the ranks.
         """
         adversarial = self.adversarial

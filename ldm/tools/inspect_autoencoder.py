@@ -22,6 +22,7 @@ from ldm.checkpoints.run import find_run, has_stage, open_stage
 from ldm.checkpoints.store import Checkpoint, Store
 from ldm.config import CONFIGS
 from ldm.data.datamodule import DataModule
+from ldm.data.index import BAD_KINDS
 from ldm.errors import OK, LdmError
 from ldm.evaluation.fitness import Candidate, Features, check_size, choose, measure, show
 from ldm.evaluation.fitness_page import MARK, Report, page
@@ -56,13 +57,14 @@ def main(argv: Sequence[str]) -> int:
 class Opened:
     """A CHECKPOINT of the command line.
 
-    run: its folder.   checkpoint: the one read.   node: the autoencoder's description.   image_size: of the pictures it
-    was trained on, or None.   Raises LdmError if there is no autoencoder.
+    run: its folder.   checkpoint: the one read.   newest: whether the run has no later one.   node: the autoencoder's
+    description.   image_size: of the pictures it was trained on, or None.   Raises LdmError if there is no autoencoder.
     """
 
     def __init__(self, path: str, trusted: tuple[str, ...] = ()) -> None:
         self.path = path
         self.run, self.checkpoint = _open(path)
+        self.newest = self.checkpoint.step == max(Store(self.run / "autoencoder" / "ckpt").steps())
         self.node = self.checkpoint.document("config")["autoencoder"]
         self.autoencoder = load_autoencoder(self.checkpoint, trusted)
         self.image_size = _image_size(self.run)
@@ -71,9 +73,17 @@ class Opened:
             raise LdmError("SHAPE", what, where=path, limit="3 are looked at here")
 
     @property
+    def finished(self) -> bool:
+        return bool(self.checkpoint.document("state")["finished"])
+
+    @property
+    def has_statistics(self) -> bool:
+        return self.finished or self.checkpoint.document("state").get("latent_source") is not None
+
+    @property
     def about(self) -> dict[str, str]:
         state = self.checkpoint.document("state")
-        done = "" if state.get("finished", True) else ", not finished"
+        done = "" if self.finished else ", not finished"
         size = sum(p.numel() for p in self.autoencoder.parameters()) / 1e6
         step = "imported" if "imported" in state else f"step {self.checkpoint.step}{done}"
         return {"checkpoint": step, "parameters": f"{size:.1f} M", "latent_id": self.autoencoder.latent_id()[:12]}
@@ -85,7 +95,8 @@ def inspect(words: Words, opened: Sequence[Opened]) -> Report:
     size = options.image_size or _common_size(opened)
     names = _names(opened)
     candidates = [
-        Candidate(name, one.autoencoder, command(one), one.about) for name, one in zip(names, opened, strict=True)
+        Candidate(name, one.autoencoder, command(one), one.about, one.finished, one.has_statistics)
+        for name, one in zip(names, opened, strict=True)
     ]
     for candidate in candidates:
         check_size(candidate, (size, size))
@@ -130,7 +141,8 @@ def inspect(words: Words, opened: Sequence[Opened]) -> Report:
             ("pictures", f"{len(originals.keys):,} of {total:,}, {split}, {size}x{size}"),
         ],
         features=NO_FEATURES if features is None else _about(features, len(originals.keys)),
-        cautions=_cautions(split, opened),
+        cautions=_cautions(split, opened, len(originals.keys)),
+        left_out={k: n for k, n in data.problems.items() if k in BAD_KINDS and k != "caption_missing"},
     )
 
 
@@ -202,7 +214,10 @@ def _names(opened: Sequence[Opened]) -> list[str]:
 
 
 def command(one: Opened) -> str:
-    """What train.py needs to go on from this autoencoder: its run, and the same architecture."""
+    """What train.py needs to go on from this autoencoder: its run, and the same architecture. Nothing for a step that
+    is not the newest: `init_from` takes the newest."""
+    if not one.newest:
+        return ""
     run = str(one.run)
     tuned = f"{one.run.resolve().name}-tuned"
     name = tuned if re.fullmatch(r"[a-z0-9_-]{1,64}", tuned) else "tuned"
@@ -254,15 +269,19 @@ def _about(features: Features, count: int) -> str:
     return f"perceptual_{features.label} is the distance in the features of {features.label}; {fd}{few}."
 
 
-def _cautions(split: str, opened: Sequence[Opened]) -> list[str]:
+def _cautions(split: str, opened: Sequence[Opened], count: int) -> list[str]:
     found = []
     if split == "train":
         found.append(
             "These pictures are not held out: if an autoencoder was trained on them, its figures flatter it. split=val "
             "takes val-*.tar, or with val_fraction= the share that a run held out."
         )
+    if count < 20:
+        found.append(
+            f"These are {count} pictures: the worst twentieth is little more than the worst one, and all is rough."
+        )
     for one in opened:
-        if not one.checkpoint.document("state").get("finished", True):
+        if not one.finished:
             found.append(f"The training of {one.path} did not finish.")
     return found
 

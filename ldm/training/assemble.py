@@ -91,6 +91,8 @@ def check_reconstruction(cfg: Config, trusted: tuple[str, ...] = ()) -> None:
     bucket, side = cfg["data"].get("bucket") or {}, cfg["data"]["image_size"]
     if bucket.get("enable_bucket"):
         side = bucket.get("min_bucket_reso") or side // 2
+        if bucket.get("bucket_no_upscale"):  # a small picture may have a bucket of its own
+            side = bucket.get("bucket_reso_steps", Buckets.bucket_reso_steps)
     if isinstance(objective.perceptual, FeatureDistance):
         objective.perceptual.check_size(side, side)
     if objective.adversarial is None:
@@ -101,6 +103,15 @@ def check_reconstruction(cfg: Config, trusted: tuple[str, ...] = ()) -> None:
             "a discriminator needs an optimizer",
             where="stage.autoencoder.discriminator_optimizer",
             next="adversarial=patchgan brings both",
+        )
+    start, steps = objective.adversarial.start_step, cfg["stage"]["autoencoder"]["max_steps"]
+    if start >= steps:
+        raise LdmError(
+            "CONFIG",
+            "the discriminator would start after the last step",
+            where=f"{where}.adversarial.start_step",
+            limit=f"start_step={start}, stage.autoencoder.max_steps={steps}",
+            next=f"let the pixels settle first: {where}.adversarial.start_step={steps // 3}",
         )
     smallest = getattr(objective.adversarial.discriminator, "smallest", 1)
     if side < smallest:

@@ -66,6 +66,7 @@ class AutoencoderModule(StageModule):
         self.measures = SetMeasures(autoencoder.latent_channels, num_codes, objective.perceptual)
         # DDP waits for a gradient of each of its parameters; the discriminator has none before its start
         self._ddp_params_and_buffers_to_ignore = [name for name in self.state_dict() if name.startswith(DISCRIMINATOR)]
+        self.train()  # nobody else calls it before the first validation
 
     def trained(self) -> nn.Module:
         return self.autoencoder
@@ -96,8 +97,13 @@ class AutoencoderModule(StageModule):
         if self.autoencoder.moment_channels > self.autoencoder.latent_channels:
             size = (images.shape[-2] // f, images.shape[-1] // f)
             noise = draws.normal(Purpose.POSTERIOR, (self.autoencoder.latent_channels, *size))
-        decoder = self.autoencoder.decoder
-        with inputs_of(decoder.conv_out) as inputs:
+        decoder, adversarial = self.autoencoder.decoder, self.objective.adversarial
+        step, inputs = self.step.train_step, None
+        if adversarial is not None and adversarial.adaptive and adversarial.acts(step):
+            with inputs_of(decoder.conv_out) as seen:
+                reconstruction, code = self.autoencoder(images, noise)
+            inputs = seen[0]
+        else:
             reconstruction, code = self.autoencoder(images, noise)
         if isinstance(self.autoencoder, AutoencoderVQ):
             if self.step.micro == 0:  # the first of a step; a skipped one may have left some
@@ -107,9 +113,9 @@ class AutoencoderModule(StageModule):
             reconstruction,
             images,
             code,
-            self.step.train_step,
+            step,
             layer=decoder.conv_out,
-            inputs=inputs[0],
+            inputs=inputs,
             patch_size=decoder.patch_size,
             mean=_mean_over_ranks,
         )
@@ -182,7 +188,9 @@ class AutoencoderModule(StageModule):
         chosen = chosen_images(data.num_train, self.statistics_images)
         ranks = {"rank": self.trainer.global_rank, "world_size": self.trainer.world_size}
         with self.averaged():
-            count = measure_statistics(self.autoencoder, batches_of(data, chosen, batch_size=64, **ranks))
+            count = measure_statistics(
+                self.autoencoder, batches_of(data, chosen, batch_size=self.evaluation_batch, **ranks)
+            )
         weights = "averaged" if self.step.ema else "last"
         self.latent_source = (
             f"measured on {count} of {data.num_train} training pictures (manifest {data.manifest_hash[:12]}) "

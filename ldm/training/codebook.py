@@ -19,7 +19,9 @@ WEIGHT = "quantize.embedding.weight"
 def tend_codebook(
     autoencoder: AutoencoderVQ, step: OptimizerStep, codes: Sequence[Mapping[str, Tensor]], key: int
 ) -> int:
-    """After an optimizer step: count its choices and, every `revive_every` steps, replace the codes without any.
+    """After an optimizer step: count its choices and, in the middle of every `revive_every` steps, replace the codes
+    without any. So what is measured at a multiple of `revive_every` has learnt its codes for half of that time: right
+    after a replacement nearly all codes are in use, and their decoder is not trained on them.
 
     codes: what the autoencoder said of each micro-batch of this step on this rank, "latents" and "codes".
     key: of the run. Replaced codes lose their moments in the optimizer and their averages with the old values.
@@ -31,7 +33,7 @@ def tend_codebook(
     if every is None or not book.embedding.weight.requires_grad:
         return 0
     book.count(torch.cat([code["codes"].flatten() for code in codes]), _sum_over_ranks)
-    if step.train_step % every:
+    if step.train_step % every != every // 2:
         return 0
     mine = torch.cat([code["latents"].detach().float().movedim(1, -1).flatten(0, -2) for code in codes])
     revived = book.revive(_of_all_ranks(mine), fold(key, Purpose.CODEBOOK, step.train_step).view(1))

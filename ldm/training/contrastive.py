@@ -37,7 +37,8 @@ def contrastive_terms(
     left_out = left_out.scatter(1, target[:, None], False)
     terms, losses = {}, []
     for name, rows, columns in (("caption_found", own.images, pool.texts), ("picture_found", own.texts, pool.images)):
-        logits = (scale * rows @ columns.T).masked_fill(left_out, -torch.inf)
+        with torch.autocast(rows.device.type, enabled=False):  # half precision would round logits near 100 by 0.5
+            logits = (scale * rows @ columns.T).masked_fill(left_out, -torch.inf)
         losses.append(F.cross_entropy(logits, target, reduction="none"))
         terms[name] = (logits.argmax(1) == target).float()
     return {"loss": torch.stack(losses).mean(0), **terms}

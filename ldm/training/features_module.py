@@ -28,6 +28,11 @@ class FeaturesModule(StageModule):
     def trained(self) -> nn.Module:
         return self.model
 
+    @property
+    def evaluation_batch(self) -> int:
+        """How many captions a picture chooses from, whatever training does: so that validations compare."""
+        return 64
+
     def pairs(self, batch: Batch) -> Pairs:
         images, texts = self.model(batch.images, batch.captions)
         return Pairs(images, texts, caption_ids(batch.captions).to(self.device))
@@ -38,6 +43,9 @@ class FeaturesModule(StageModule):
         pool = Pairs(*map(of_all_ranks, own))
         first = len(own.ids) * dist.get_rank() if len(pool.ids) > len(own.ids) else 0
         return {**contrastive_terms(own, pool, scale, first=first), "scale": scale.expand(len(own.ids))}
+
+    def step_ended(self) -> None:
+        self.model.limit_scale()
 
     @torch.no_grad()
     def validation_terms(self, batch: Batch) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from ldm.checkpoints.store import Checkpoint
 from ldm.errors import LdmError
 from ldm.training.place import Config
 
-_MAY_DIFFER = ("gradient_checkpointing", "revive_every")  # arguments that change nothing of what weights compute
+_MAY_DIFFER = ("revive_every",)  # arguments that change nothing of what weights compute
 
 
 def check_source(cfg: Config, trusted: tuple[str, ...] = ()) -> None:
@@ -87,21 +87,21 @@ def adopt(cfg: Config, run: Run, stage: str, *, has_autoencoder: bool) -> None:
     source = find_run(cfg["init_from"])
     if stage == "diffusion" and has_autoencoder:
         adopt_autoencoder(run, source)
-    if source_of(cfg, stage) is None:
+    if source_of(cfg, stage) is None and not has_stage(run.folder, stage):
         print(f"{stage}: {source} has none to begin from: it begins anew", flush=True)
     if stage == "autoencoder" and decoder_only(cfg) and "diffusion" not in cfg["stages"]:
         adopt_denoiser(run, source, open_autoencoder(source).document("state")["latent_id"])
 
 
 def adopt_autoencoder(run: Run, source: Path) -> None:
-    """Copies the finished autoencoder of `source` into a run that has none, so that the run is complete on its own."""
+    """Takes the finished autoencoder of `source` into a run that has none, so that the run is complete on its own."""
     if has_stage(run.folder, "autoencoder"):
         return
-    _copy(run, open_autoencoder(source), "autoencoder", source)
+    _take(run, open_autoencoder(source), "autoencoder", source)
 
 
 def adopt_denoiser(run: Run, source: Path, latent_id: str) -> None:
-    """Copies the finished denoiser of `source` into a run that trains a decoder for the same latents and has none,
+    """Takes the finished denoiser of `source` into a run that trains a decoder for the same latents and has none,
     so that `sample.py` draws with both. One that did not finish is left out, which is said.
     """
     if has_stage(run.folder, "diffusion") or not has_stage(source, "diffusion"):
@@ -113,13 +113,21 @@ def adopt_denoiser(run: Run, source: Path, latent_id: str) -> None:
     elif state.get("latent_id") != latent_id:
         print(f"diffusion: not taken from {source}: it was trained on other latents", flush=True)
     else:
-        _copy(run, before, "diffusion", source)
+        _take(run, before, "diffusion", source)
 
 
-def _copy(run: Run, checkpoint: Checkpoint, stage: str, source: Path) -> None:
+def _take(run: Run, checkpoint: Checkpoint, stage: str, source: Path) -> None:
+    """Committed files never change, and runs only ever remove their own names of them: links do."""
     target = run.stage(stage).ckpt
     temporary = target / f".tmp-{checkpoint.path.name}-{os.getpid()}"
-    shutil.copytree(checkpoint.path, temporary)
+    shutil.copytree(checkpoint.path, temporary, copy_function=_link_or_copy)
     temporary.rename(target / checkpoint.path.name)
     run.adopted.add(stage)
     print(f"{stage}: taken from {source} (step {checkpoint.step}), unchanged", flush=True)
+
+
+def _link_or_copy(file: str, to: str) -> None:
+    try:
+        os.link(file, to, follow_symlinks=False)
+    except OSError:  # another file system, or one without links, or a file that may not be linked
+        shutil.copy2(file, to)

@@ -17,7 +17,7 @@ from ldm.checkpoints.store import Checkpoint
 from ldm.model import load_weights
 from ldm.random import Draws, run_key, seed_modules
 from ldm.training.ema import EMA
-from ldm.training.step import OptimizerStep, Outcome, Player, Scaler
+from ldm.training.step import OptimizerStep, Outcome, Player, Scaler, per_device
 from ldm.types import Batch
 
 
@@ -111,6 +111,12 @@ class StageModule(pl.LightningModule):
             return False
         return self.step.train_step % every == 0 or self.step.train_step >= self.settings.max_steps
 
+    @property
+    def evaluation_batch(self) -> int:
+        """Pictures that are looked at together outside training: as many as training fits in memory, at most 64."""
+        s = self.settings
+        return min(64, per_device(s.batch_size, self.trainer.world_size, s.accumulate))
+
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """Evaluation mode, no gradients, and the averaged weights where the stage keeps an average."""
@@ -168,8 +174,8 @@ class StageModule(pl.LightningModule):
         )
         if self.outcome is not None:
             self._tallies = [0, 0]
-            names = self._micro_logs[0]
-            self.logs = {k: float(torch.stack([m[k] for m in self._micro_logs]).mean()) for k in names}
+            rows = torch.stack([torch.stack(list(micro.values())) for micro in self._micro_logs])
+            self.logs = dict(zip(self._micro_logs[0], rows.mean(0).tolist(), strict=True))
             self.logs["loss"] = self.outcome.loss  # of all ranks
             if self.outcome.discriminator_grad_norm is not None:
                 self.logs["discriminator_grad_norm"] = self.outcome.discriminator_grad_norm

@@ -109,8 +109,8 @@ def test_limits_separate_three_levels():
 
 
 def test_stored_statistics_that_do_not_fit_are_noticed():
-    plain, fits = Fake(), Fake()
-    pooled = plain.moments(IMAGES)
+    fits = Fake()
+    pooled = fits.moments(IMAGES)
     fits.statistics.mean.copy_(pooled.mean((0, 2, 3)))
     fits.statistics.std.copy_(pooled.std((0, 2, 3)))
     fits.statistics.count.fill_(12)
@@ -124,7 +124,41 @@ def test_stored_statistics_that_do_not_fit_are_noticed():
     fits.statistics.std.copy_(pooled.std((0, 2, 3)))
     fits.statistics.mean[0] -= 1.1 * DRIFT * fits.statistics.std[0]
     assert drifted(measured(fits)[1].latents) == [0]
-    assert any("no latent statistics" in note.text for note in verdict_of(plain).notes)
+
+
+def test_a_model_of_one_factor_is_judged_by_all_channels_together():
+    """Stable Diffusion's factor fits no channel exactly, and its denoisers live with that."""
+    known = Fake()
+    pooled = known.moments(IMAGES)
+    known.statistics.std.fill_(float(pooled.std()))
+    known.statistics.mean.fill_(0.3)  # FLUX and SD3 have a shift, one too
+    latents = measured(known)[1].latents
+    assert latents.one_factor and latents.overall == pytest.approx(1, rel=1e-3) and drifted(latents) == []
+    assert [note.level for note in verdict_of(known).notes] == ["good"]
+    known.statistics.std.mul_(1 + 1.1 * DRIFT)
+    found = verdict_of(known)
+    assert "One factor" in found.notes[0].text and found.notes[0].level == "usable"
+    assert not any("nothing need be changed" in text for text, _ in found.steps)
+    known.statistics.count.fill_(12)  # measured statistics must fit each channel
+    assert not measured(known)[1].latents.one_factor
+
+
+def test_what_is_not_finished_is_finished_first_and_an_older_step_is_none_to_begin_from():
+    originals, fitness = measured(Fake())
+    unfinished = Candidate("fake", Fake(), "init_from=runs/fake", finished=False, has_statistics=False)
+    found = judge(unfinished, fitness, originals, "data=folder data.path=logos")
+    assert "no latent statistics" in found.notes[0].text
+    assert [text[:16] for text, _ in found.steps] == ["Finish its stage"] and not found.steps[0][1]
+    older = judge(Candidate("fake", Fake(), ""), fitness, originals, "data=folder data.path=logos")
+    assert "newest" in older.steps[0][0] and not any(command for _, command in older.steps)
+
+
+def test_the_decoder_alone_comes_first_even_if_the_scale_does_not_fit():
+    harmed = Shrinks(5.0)
+    harmed.statistics.std.fill_(9.0)
+    steps = verdict_of(harmed).steps
+    assert ["train=decoder" in command for _, command in steps if command] == [True, False]
+    assert "measures the scale anew" in steps[1][0]
 
 
 def test_a_channel_of_noise_alone_is_silent():

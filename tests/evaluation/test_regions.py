@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ldm.evaluation.colour import colour_shift
-from ldm.evaluation.regions import DETAIL, FLAT, KINDS, regions
+from ldm.evaluation.regions import DETAIL, FLAT, KINDS, regions, structure
 from tests.evaluation.making import images_of
 
 
@@ -30,8 +30,10 @@ def test_a_plain_picture_is_flat_and_an_edge_is_an_edge_in_either_direction():
 
 
 def test_the_limit_of_flat_is_the_step_that_the_comment_says():
-    assert kinds_in(step(11)) == {"flat"} and kinds_in(step(12)) == {"flat", "edges"}  # 0.36 c reaches FLAT
-    assert pytest.approx(0.36, abs=0.005) == FLAT / 11.1
+    largest = float(structure(step(100))[0].max()) ** 0.5 / 100
+    assert largest == pytest.approx(0.349, abs=5e-4)
+    assert 11 * largest < FLAT < 12 * largest and 45 * largest < DETAIL < 46 * largest
+    assert kinds_in(step(11)) == {"flat"} and kinds_in(step(12)) == {"flat", "edges"}
 
 
 def test_detail_needs_strong_gradients_in_more_than_one_direction():

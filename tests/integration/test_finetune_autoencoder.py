@@ -150,7 +150,6 @@ def test_the_encoder_keeps_nothing_for_a_backward_pass(autoencoder):
         model = autoencoder(block_channels=[8, 8], norm_groups=4, mid_attention=False, **vq)
         settings = StageSettings(2, 2, torch.optim.AdamW, lambda step: 1.0, None)
         module = AutoencoderModule(settings, model, ReconstructionObjective(), {}, decoder_only=decoder_only)
-        module.train()
         parts = {name: part.training for name, part in model.named_children()}
         assert all(on == (not decoder_only or name in ("decoder", "post_quant_conv")) for name, on in parts.items())
         total = 0

@@ -38,8 +38,8 @@ def test_a_denoiser_is_trained_on_latents_before_the_codebook(run, tmp_path):
     assert torch.equal(model.decode(model.encode(images)), model.decode(autoencoder.statistics.standardise(z)))
     assert not torch.allclose(autoencoder.quantize.look_up(codes), z)
     assert all(torch.isfinite(torch.tensor(row["train/loss"])) for row in metrics(run, "diffusion"))
-    revived = [row["train/revived_codes"] for row in metrics(run, "autoencoder")]  # every second step may
-    assert revived[0] == revived[2] == 0 and revived[1] > 0
+    revived = [row["train/revived_codes"] for row in metrics(run, "autoencoder")]
+    assert revived[0] > 0 and revived[1] == revived[3] == 0  # every second step may: the first and the third
     cfg = compose("sample", [f"run={run}", f"output_dir={tmp_path}", "prompt=a ring", "count=2", "sampler.steps=2"])
     sample(cfg, read_request(cfg))
     assert len(list(tmp_path.glob("0*.png"))) == 2

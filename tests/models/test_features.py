@@ -48,9 +48,10 @@ def test_the_scale_begins_at_clips_and_stops_at_100():
     model = tiny()
     assert math.isclose(model.scale().item(), 1 / 0.07, rel_tol=1e-5)
     model.log_scale.data.fill_(5.0)  # exp(5) = 148
-    assert model.scale().item() == 100
+    model.limit_scale()
+    assert math.isclose(model.scale().item(), 100, rel_tol=1e-5)
     model.scale().backward()
-    assert float(model.log_scale.grad) == 0  # nothing drives it further
+    assert float(model.log_scale.grad) > 0  # and it can come back
 
 
 def test_text_towers_that_cannot_work_are_refused():

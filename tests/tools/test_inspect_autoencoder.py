@@ -74,9 +74,11 @@ def test_a_run_gets_a_page_beside_it_and_a_table(made, capsys, tmp_path):
     assert "6 of 6, train, 16x16" in page and "f4, 4 channels" in page and "p000" in page
     assert "not held out" in page  # a folder without validation pictures
     assert "Not for these pictures" in out and f"page: {run / PAGE}\n" in out
-    [line] = [line for line in out.splitlines() if "python train.py" in line]
-    assert f"init_from={run} name=one-tuned " in line and line.endswith("data.crop=center data.image_size=16")
-    assert sorted(folder.iterdir()) == files  # nothing is written into somebody's data
+    lines = [line for line in out.splitlines() if "python train.py" in line]
+    assert [line.count("stage.autoencoder.train=decoder") for line in lines] == [1, 0]
+    for line in lines:
+        assert f"init_from={run} name=one-tuned " in line and line.endswith("data.crop=center data.image_size=16")
+    assert sorted(folder.iterdir()) == files  # with index_dir=, nothing is written into somebody's data
     assert command(capsys, tmp_path, run, folder, "pictures=2")[0] == 0  # and a page of ours is replaced
     assert (run / PAGE).read_text() == page
 

@@ -41,6 +41,7 @@ class Training:
             outcome=None,
             logs={},
             measures=SimpleNamespace(num_codes=100, num_latents=1000),
+            settings=SimpleNamespace(max_steps=10**6),
         )
 
     def step(self, batch=None, *, applied=True, results=None, logs=HEALTHY, **changes):
@@ -159,14 +160,25 @@ def test_ranks_are_asked_now_and_then(tmp_path, monkeypatch):
     monkeypatch.setattr("ldm.training.callbacks.alarms.gathered", lambda mine: [mine, ["of another rank"]])
     training = Training(tmp_path, world_size=2)
     other = Training(tmp_path / "other", world_size=2, rank=1)
-    for _ in range(GATHER_EVERY - 1):
-        training.step(pictures("a", constant=["a"]))
+    training.step(pictures("a", "b", constant=["a"]))
+    for _ in range(GATHER_EVERY - 2):
+        training.step()
         other.step()
     assert training.heard() == []
     training.step()
     other.step()
     assert training.heard() == [("constant_images", GATHER_EVERY)] and other.heard() == []  # rank 0 writes
-    assert json.loads(training.file.read_text())["pictures"][-1:] != ["b"]
+    assert json.loads(training.file.read_text())["pictures"] == ["a", "of another rank"]
+
+
+def test_ranks_are_asked_at_the_last_step_and_again_after_a_while(tmp_path, monkeypatch):
+    monkeypatch.setattr("ldm.training.callbacks.alarms.gathered", lambda mine: [mine])
+    training = Training(tmp_path, world_size=2)
+    training.module.settings.max_steps = 4 * GATHER_EVERY + 1
+    for _ in range(4 * GATHER_EVERY + 1):
+        step = training.module.step.train_step + 1
+        training.step(pictures("a", constant=["a"] if step in (1, 4 * GATHER_EVERY + 1) else []))
+    assert training.heard() == [("constant_images", GATHER_EVERY), ("constant_images", 4 * GATHER_EVERY + 1)]
 
 
 @pytest.mark.parametrize(

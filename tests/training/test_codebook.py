@@ -43,7 +43,7 @@ def train(model, step, first, last, cut=1):
 
 def test_revived_codes_begin_anew():
     """They have no moments in the optimizer and are their own average; the others go on as they were."""
-    model = toy(revive_every=3, codebook_size=64)
+    model = toy(revive_every=6, codebook_size=64)
     step = step_of(model)
     train(model, step, 1, 2)
     weight = model.quantize.embedding.weight
@@ -74,17 +74,17 @@ def test_a_codebook_that_is_not_trained_keeps_its_codes():
 def test_revival_does_not_depend_on_how_the_batch_is_cut(cut):
     models = [toy(revive_every=2, codebook_size=64) for _ in range(2)]
     counts = [train(model, step_of(model), 1, 4, n) for model, n in zip(models, (1, cut), strict=True)]
-    assert counts[0] == counts[1] and counts[0][1] > 0 and counts[0][0] == 0
+    assert counts[0] == counts[1] and min(counts[0][::2]) > 0 and not any(counts[0][1::2])
     books = [model.quantize.embedding.weight for model in models]
     torch.testing.assert_close(*books, rtol=1e-4, atol=1e-5)
 
 
 def test_stopping_between_revivals_changes_nothing():
     whole = toy(revive_every=4, codebook_size=64)
-    train(whole, step_of(whole), 1, 4)
+    train(whole, step_of(whole), 1, 6)
     first = toy(revive_every=4, codebook_size=64)
     step = step_of(first)
-    train(first, step, 1, 2)
+    train(first, step, 1, 4)
     assert first.quantize.uses.any()
     second = toy(revive_every=4, codebook_size=64)
     again = step_of(second)
@@ -97,8 +97,8 @@ def test_stopping_between_revivals_changes_nothing():
     forgetful.load_state_dict(first.state_dict())
     forgetful.quantize.uses.zero_()
     without.load_state(step.state())
-    assert train(second, again, 3, 4)[-1] > 0
-    train(forgetful, without, 3, 4)
+    assert train(second, again, 5, 6)[-1] > 0
+    train(forgetful, without, 5, 6)
     assert torch.equal(second.quantize.embedding.weight, whole.quantize.embedding.weight)
     assert not torch.equal(forgetful.quantize.embedding.weight, whole.quantize.embedding.weight)
 
@@ -152,7 +152,7 @@ def test_two_ranks_do_what_one_does(tmp_path):
     assert not any(rank.returncode for rank in ranks), said
     one = toy(revive_every=2, codebook_size=64)
     counts = tended(one, step_of(one), 4)
-    assert counts[1] > 0 and counts[3] > 0
+    assert counts[0] > 0 and counts[2] > 0
     for rank in range(2):
         found, state = torch.load(tmp_path / f"{rank}.pt")
         assert found == counts

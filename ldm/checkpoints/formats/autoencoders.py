@@ -118,17 +118,22 @@ def _read_file(
     shapes = {name: tuple(value.shape) for name, value in inner.items()}
     strange = {name: shape for name, shape in shapes.items() if not name.startswith(home)}
     keymap.check_shapes({}, strange, where)
+    args = compvis.describe_vae(shapes, where, home)
     factors = said.over(_factors_in(tensors, metadata, where), where)
     if factors.scaling is None:
+        if args["latent_channels"] == 4:
+            limit = "the autoencoders of Stable Diffusion 1, 2 and XL have equal shapes"
+            hint = f"give --scaling-factor {SD_SCALE} (Stable Diffusion 1 and 2) or {SCALES[XL]} (XL)"
+        else:
+            limit = f"its latents have {args['latent_channels']} channels"
+            hint = f"give --scaling-factor, and --shift-factor; its model's config.json names {SCALING} and {SHIFT}"
         raise LdmError(
-            "FORMAT", "nothing in the file says how its latents are scaled", where=where,
-            limit="the autoencoders of Stable Diffusion 1, 2 and XL have equal shapes",
-            next=f"give --scaling-factor {SD_SCALE} (Stable Diffusion 1 and 2) or {SCALES[XL]} (XL)",
-        )  # fmt: skip
+            "FORMAT", "nothing in the file says how its latents are scaled", where=where, limit=limit, next=hint
+        )
     averaged = any(name.startswith((f"{home}model_ema.", "model_ema.")) for name in tensors)
     return ForeignAutoencoder(
         kind="autoencoder, one file",
-        args=compvis.describe_vae(shapes, where, home),
+        args=args,
         part=Part(inner, partial(compvis.map_vae, prefix=home)),
         mean=factors.shift or 0.0,
         std=1 / factors.scaling,

@@ -75,7 +75,11 @@ class ConvolutionalAutoencoder(nn.Module):
 
     @torch.no_grad()
     def latent_id(self) -> str:
-        """sha256 over names, shapes and float32 bytes of everything that determines latents; not of the decoder."""
+        """sha256 over names, shapes and float32 bytes of the tensors that determine latents; not of the decoder.
+
+        Settings count as far as they show in a tensor. `norm_groups` shows in none: `init_from` compares it, as all
+        settings (`ldm.training.finetune.check_same`), and otherwise an autoencoder is loaded with its own.
+        """
         digest = hashlib.sha256(f"latents:{self.downsampling}:{self.latent_channels}".encode())
         for name, value in sorted(self.state_dict().items()):
             if name.startswith(self.determines_latents):

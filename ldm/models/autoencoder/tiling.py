@@ -41,7 +41,8 @@ def tiled_encode(
     """Standardised latents [B, C, h, w] of pictures [B, 3, H, W], as `autoencoder.encode`.
 
     tile: side in pixels.   overlap: in pixels, at least; default: a quarter of the tile.
-    Equal to `encode` where the picture is no larger than a tile. Raises ValueError; see `check_tile`.
+    A picture that is no larger than a tile goes through `encode` itself, one at a time as all. Raises ValueError; see
+    `check_tile`.
     """
     f = autoencoder.downsampling
     size, lap = _in_latents(f, tile, overlap)
@@ -81,7 +82,7 @@ def _tiled(
     """
     height, width = x.shape[-2] // into, x.shape[-1] // into
     if height <= size and width <= size:
-        return function(x)
+        return torch.cat([function(picture) for picture in x.split(1)])
     tiles = list(product(_cuts(height, size, overlap, out), _cuts(width, size, overlap, out)))
 
     def passed(picture: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:

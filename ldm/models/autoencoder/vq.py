@@ -17,8 +17,8 @@ class AutoencoderVQ(ConvolutionalAutoencoder):
     denoiser left of noise (Rombach et al. 2022, arXiv:2112.10752, appendix G). There is nothing to draw: the moments
     are the latents.
     codebook_size: number of codes, each of latent_channels values.
-    revive_every: optimizer steps after which codes that none of them chose begin anew at a latent of the batch; None
-        leaves them dead. Source: van den Oord et al. 2017, arXiv:1711.00937; see `Codebook`.
+    revive_every: optimizer steps between two replacements, where codes that none of them chose begin anew at a latent
+        of the batch; None leaves them dead. Source: van den Oord et al. 2017, arXiv:1711.00937; see `Codebook`.
     The rest as in `AutoencoderKL`.
     """
 

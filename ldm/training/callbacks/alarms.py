@@ -89,16 +89,18 @@ class Alarms(pl.Callback):
         self._keys, self._flags = [], []
         self._constant += [key for key, constant in zip(keys, flags, strict=True) if constant]
         step = module.step.train_step
-        if trainer.world_size == 1 or step % GATHER_EVERY == 0:
+        several = trainer.world_size > 1
+        if not several or step % GATHER_EVERY == 0 or step >= module.settings.max_steps:
             constant = [key for own in gathered(self._constant) for key in own]
             self._constant = []
-            self._tell(trainer, step, "constant_images", _of_pictures(constant), constant)
+            quiet = WINDOW // GATHER_EVERY if several else WINDOW
+            self._tell(trainer, step, "constant_images", _of_pictures(constant), constant, quiet=quiet)
         if module.outcome.applied:  # else the numbers are not finite, which is the step's own affair
             self._tell(trainer, step, "disc_collapse", self._of_discriminator(module.logs))
             self._tell(trainer, step, "kl_explosion", self._of_kl(module.logs), keys)
             self._tell(trainer, step, "loss_spike", self._of_pixels(module.logs), keys)
         if self.validation.results is not None:
-            self._tell(trainer, step, "latent_spread", _of_latents(self.validation.results), quiet=1)
+            self._tell(trainer, step, "latent_spread", _of_latents(self.validation.results, module), quiet=1)
             self._tell(trainer, step, "dead_codes", _of_codes(self.validation.results, module), quiet=1)
 
     # what is looked for
@@ -188,12 +190,13 @@ def _of_pictures(keys: Sequence[str]) -> Finding | None:
     return Finding("constant_images", len(keys), what, "none expected", "take them out of the data")
 
 
-def _of_latents(results: Mapping[str, float]) -> Finding | None:
+def _of_latents(results: Mapping[str, float], module: AutoencoderModule) -> Finding | None:
     spread = results.get("latent_std", 1.0)
     if SPREAD[0] <= spread <= SPREAD[1]:
         return None
     what = f"the latents have a standard deviation of {spread:.3g}"
-    advice = f"a smaller {OBJECTIVE}.kl_weight" if spread < SPREAD[0] else f"a larger {OBJECTIVE}.kl_weight"
+    weight = "kl_weight" if module.measures.num_codes is None else "commitment_weight"
+    advice = f"a {'smaller' if spread < SPREAD[0] else 'larger'} {OBJECTIVE}.{weight}"
     return Finding("latent_spread", spread, what, f"from {SPREAD[0]:g} to {SPREAD[1]:g}", advice)
 
 

@@ -17,8 +17,8 @@ class Validation(pl.Callback):
     Leaves `results`: means over the valid samples of all ranks, and what the module says of the set as a whole.
     """
 
-    def __init__(self, every: int | None, batch_size: int = 64) -> None:
-        self.every, self.batch_size = every, batch_size
+    def __init__(self, every: int | None) -> None:
+        self.every = every
         self.results: dict[str, float] | None = None
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: StageModule, *_: object) -> None:  # type: ignore[override]
@@ -29,7 +29,7 @@ class Validation(pl.Callback):
     def run(self, trainer: pl.Trainer, module: StageModule) -> dict[str, float]:
         sums: dict[str, torch.Tensor] = {}  # by name: total and number of samples that have it, in float64
         with module.averaged(), trainer.precision_plugin.forward_context():
-            for batch in trainer.datamodule.val_dataloader(self.batch_size):  # type: ignore[attr-defined]
+            for batch in trainer.datamodule.val_dataloader(module.evaluation_batch):  # type: ignore[attr-defined]
                 batch = batch.to(module.device)
                 for name, values in module.validation_terms(batch).items():
                     own = torch.stack([torch.where(batch.valid, values.double(), 0).sum(), batch.valid.sum()])
