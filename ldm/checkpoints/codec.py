@@ -36,7 +36,7 @@ def split(tree: Any) -> tuple[dict[str, Tensor], Any]:
         if type(node) is float:
             return node if math.isfinite(node) else {_TAG: "float", "value": str(node)}
         if type(node) in (torch.Tensor, torch.nn.Parameter):
-            place = _place(node)
+            place = memory_of(node)
             if place not in names:
                 names[place] = _unused(path or "tensor", tensors)
                 tensors[names[place]] = node.detach()
@@ -81,13 +81,13 @@ def unalias(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str,
     first: dict[tuple, str] = {}
     aliases = {}
     for name, tensor in tensors.items():
-        original = first.setdefault(_place(tensor), name)
+        original = first.setdefault(memory_of(tensor), name)
         if original != name:
             aliases[name] = original
     return {name: tensors[name] for name in first.values()}, aliases
 
 
-def _place(tensor: Tensor) -> tuple:
+def memory_of(tensor: Tensor) -> tuple:
     """Equal for two tensors that show the same memory in the same way. Views of a part are no aliases: copied."""
     import torch
 

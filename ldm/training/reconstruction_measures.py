@@ -73,7 +73,8 @@ class SetMeasures:
         if reference is not None:
             drift = logarithm - torch.tensor(reference, dtype=torch.float64).log()
             found["latent_drift"] = float(drift.abs().max())
-        self.last_std = logarithm.exp().tolist()
+        if bool(torch.isfinite(std).all()):  # it goes into the checkpoint
+            self.last_std = logarithm.exp().tolist()
         if self._counts is not None:
             if dist.is_available() and dist.is_initialized():
                 dist.all_reduce(self._counts)

@@ -128,6 +128,8 @@ def run_stage(cfg: Config, trusted: tuple[str, ...], stage: str, folder: Path, p
         save_every=settings_node["save_every"],
         every_minutes=cfg["checkpoint"]["every_minutes"],
         max_failed_saves=cfg["checkpoint"]["max_failed_saves"],
+        async_save=cfg["checkpoint"]["async_save"],
+        grace_s=float(cfg["checkpoint"]["grace_s"]),
         fingerprint=fingerprint,
         environment=environment,
     )

@@ -53,6 +53,7 @@ class StageModule(pl.LightningModule):
         self.outcome: Outcome | None = None
         self.logs: dict[str, float] = {}
         self.save_due = self.stop_due = False
+        self.failed_saves = 0.0
         self.not_finite: list[dict[str, Any]] = []
         self._tallies = [0, 0]
         self._micro_logs: list[Mapping[str, Tensor]] = []
@@ -170,6 +171,7 @@ class StageModule(pl.LightningModule):
             self.manual_backward,
             save_due=self.save_due,
             stop=self.stop_due,
+            failed_saves=self.failed_saves,
             tallies=self._tallies,
         )
         if self.outcome is not None:

@@ -67,6 +67,8 @@ class Outcome:
     applied: bool
     save_due: bool
     stop: bool
+    failed_saves: float = 0
+    """Consecutive checkpoints that the disk refused, as the rank that writes them knows."""
     tallies: tuple[float, ...] = ()
     """What was counted in this step, summed over the ranks."""
     discriminator_grad_norm: float | None = None
@@ -160,11 +162,12 @@ class OptimizerStep:
         *,
         save_due: bool = False,
         stop: bool = False,
+        failed_saves: float = 0,
         tallies: Sequence[float] = (),
     ) -> Outcome | None:
         """Feed one micro-batch's mean loss; an `Outcome` when that completed a step, else None.
 
-        save_due, stop: this rank's wishes; any rank's wish becomes everybody's.
+        save_due, stop, failed_saves: what this rank wishes and knows; the largest of all ranks becomes everybody's.
         tallies: numbers of this rank's step, for the monitor; those given with the last micro-batch are summed.
         """
         scaled = loss / self.accumulate
@@ -174,15 +177,15 @@ class OptimizerStep:
         if self.micro < self.accumulate:
             return None
         self.micro = 0
-        return self._finish(save_due, stop, tallies)
+        return self._finish((save_due, stop, failed_saves), tallies)
 
-    def _finish(self, save_due: bool, stop: bool, tallies: Sequence[float]) -> Outcome:
+    def _finish(self, wishes: tuple[bool, bool, float], tallies: Sequence[float]) -> Outcome:
         players = [self.player] if self.discriminator is None else [self.player, self.discriminator]
         grads = [player.gradients() for player in players]
         norms = torch.stack([torch.nn.utils.get_total_norm(g).to(self._loss.device) for g in grads])
         if self.scaler:
             norms = norms / self.scaler.scale
-        (loss, *sums), norm_values, finite, save_due, stop = self._agree(norms, save_due, stop, tallies)
+        (loss, *sums), norm_values, finite, (save_due, stop, failed) = self._agree(norms, wishes, tallies)
         factor = self.lr_schedule(self.counters.updates)
         lr, *_ = [player.set_lr(factor) for player in players]
         if finite:
@@ -198,7 +201,7 @@ class OptimizerStep:
         self.counters.train_step += 1
         failure = self._account(finite)
         second = norm_values[1] if len(players) > 1 and grads[1] else None
-        return Outcome(loss, norm_values[0], lr, finite, save_due, stop, tuple(sums), second, failure)
+        return Outcome(loss, norm_values[0], lr, finite, save_due > 0, stop > 0, failed, tuple(sums), second, failure)
 
     def _apply(self, player: Player, grads: list[Tensor], norm: float) -> None:
         """One factor undoes the loss scale and clips; then the weights change."""
@@ -210,19 +213,18 @@ class OptimizerStep:
         player.optimizer.step()
 
     def _agree(
-        self, norms: Tensor, save_due: bool, stop: bool, tallies: Sequence[float]
-    ) -> tuple[list[float], list[float], bool, bool, bool]:
+        self, norms: Tensor, wishes: tuple[float, ...], tallies: Sequence[float]
+    ) -> tuple[list[float], list[float], bool, list[float]]:
         """The control all-reduce: one small tensor, so that every rank takes the same decisions."""
         finite = torch.isfinite(norms).all() & torch.isfinite(self._loss)
-        control = torch.stack([(~finite).float(), norms.new_tensor(float(save_due)), norms.new_tensor(float(stop))])
-        control = torch.cat([control.float(), norms.float()])
+        control = torch.cat([(~finite).float().view(1), norms.new_tensor(wishes).float(), norms.float()])
         sums = torch.stack([self._loss, *self._loss.new_tensor(tallies)])
         if _world_size() > 1:
             dist.all_reduce(control, op=dist.ReduceOp.MAX)
             dist.all_reduce(sums)
-        bad, due, halt, *norm_values = control.tolist()
+        bad, *values = control.tolist()
         loss, *totals = sums.tolist()
-        return [loss / _world_size(), *totals], norm_values, bad == 0.0, due > 0, halt > 0
+        return [loss / _world_size(), *totals], values[len(wishes) :], bad == 0.0, values[: len(wishes)]
 
     def _account(self, finite: bool) -> LdmError | None:
         """Skipped steps are counted; too many of them end the run."""

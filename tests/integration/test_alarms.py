@@ -10,6 +10,7 @@ from ldm.checkpoints.store import Store
 from ldm.data import loader
 from ldm.errors import NON_FINITE, REFUSED, LdmError
 from ldm.training.fit import train
+from ldm.training.stage_module import StageModule
 from ldm.validate import validate
 from tests.integration.tiny import config, contents, metrics
 
@@ -26,11 +27,12 @@ GAN = [
 def spoil(monkeypatch):
     """spoil(change): change(n, images) alters the pictures [8, 3, H, W] of training step n."""
     steps, decode = iter(range(1, 10**6)), loader.to_images
+    monkeypatch.setattr(StageModule, "evaluation_batch", 61)
 
     def use(change):
         def altered(pixels):
             images = decode(pixels)
-            if len(images) == 8:  # those of validation come by twenty, of the statistics by 61
+            if len(images) == 8:  # those of validation come by twenty, of the statistics by 61 as set above
                 change(next(steps), images)
             return images
 

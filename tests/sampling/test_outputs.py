@@ -64,7 +64,7 @@ def test_without_other_fonts_accents_are_dropped_and_the_rest_is_escaped(monkeyp
 
 def test_each_picture_has_its_way():
     class Model:
-        def decode(self, latents):
+        def decode(self, latents, tile=None):
             return latents
 
     watch = Trajectory(num_steps=20, count=3, frames=4)

@@ -94,6 +94,16 @@ def test_drift_is_against_the_validation_before_or_what_is_stored():
     assert found["latent_drift"] == pytest.approx(float(expected), rel=1e-6)
 
 
+def test_what_is_no_number_is_no_reference():
+    """The reference is a part of checkpoints, which hold plain JSON."""
+    reconstruction, images, code = batches()
+    measures = SetMeasures(2, 20)
+    measured(reconstruction, images, code, measures=measures)
+    before = measures.last_std
+    found = measured(reconstruction, images, code | {"latents": code["latents"] * torch.nan}, measures=measures)
+    assert math.isnan(found["latent_std"]) and measures.last_std == before
+
+
 def test_small_pictures_have_no_ssim():
     pair = torch.zeros(2, 3, 16, 10), torch.zeros(2, 3, 16, 10)
     assert picture_measures(*pair).keys() == {"psnr"}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import math
 import platform
 import time
 from typing import Any
@@ -11,7 +13,9 @@ import pytorch_lightning as pl
 import torch
 
 from ldm import __version__
-from ldm.checkpoints.store import SaveFailed, Store
+from ldm.checkpoints.background import DEADLINE_S, Result, Writer
+from ldm.checkpoints.store import Store
+from ldm.errors import LdmError
 from ldm.training.callbacks.validation import Validation
 from ldm.training.stage_module import StageModule, gathered
 
@@ -24,6 +28,9 @@ class Checkpointing(pl.Callback):
 
     fingerprint: the settings that a resume must find unchanged.   environment: those that may differ, but are said.
     max_failed_saves: consecutive failures of the disk that training survives.
+    async_save: training goes on while a copy of the state is written. What rank 0 finds when that ends, every rank
+        knows after the next step. At a stop and at the end all wait for the commit.
+    grace_s: how long a stop, or an error, waits for a commit that was begun before.
 
     Leaves `bad_samples`, the ledgers of all ranks as one, as of the last save.
     """
@@ -38,53 +45,72 @@ class Checkpointing(pl.Callback):
         environment: dict[str, Any],
         every_minutes: float | None = None,
         max_failed_saves: int = 3,
+        async_save: bool = False,
+        grace_s: float = 30.0,
     ) -> None:
-        self.store, self.validation = store, validation
+        self.writer, self.validation = Writer(store, background=async_save), validation
         self.save_every, self.every_minutes, self.max_failed_saves = save_every, every_minutes, max_failed_saves
         self.fingerprint, self.environment = fingerprint, environment
         self.bad_samples: dict[str, Any] = {"counts": {}, "recent": []}
-        self._failed = 0
+        self.grace_s = grace_s
+        self._result, self._failed = Result(), 0.0
         self._last = time.monotonic()
 
     def on_train_batch_start(self, trainer: pl.Trainer, module: StageModule, *_: object) -> None:  # type: ignore[override]
         elapsed = time.monotonic() - self._last
         due = self.every_minutes is not None and elapsed > 60 * self.every_minutes
         module.save_due = bool(due and trainer.is_global_zero)
+        self._result = self.writer.result
+        module.failed_saves = self._result.failed
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: StageModule, *_: object) -> None:  # type: ignore[override]
         outcome = module.outcome
-        if outcome is None or module.step.train_step >= module.settings.max_steps:
+        if outcome is None:
+            return
+        self._report(trainer, outcome.failed_saves)
+        if module.step.train_step >= module.settings.max_steps:
             return
         if outcome.stop or outcome.save_due or module.step.train_step % self.save_every == 0:
-            self.save(trainer, module, finished=False)
+            self.save(trainer, module, wait=outcome.stop)
 
     def on_train_end(self, trainer: pl.Trainer, module: StageModule) -> None:  # type: ignore[override]
         if module.step.train_step >= module.settings.max_steps:
             module.finish()
-            self.save(trainer, module, finished=True)
+            self.save(trainer, module, wait=True, finished=True)
 
-    def save(self, trainer: pl.Trainer, module: StageModule, *, finished: bool) -> None:
-        failure: SaveFailed | None = None
+    def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
+        """What was good when it was copied is committed, whatever happened since."""
+        with contextlib.suppress(LdmError):
+            self.writer.join(self.grace_s)
+
+    def save(self, trainer: pl.Trainer, module: StageModule, *, wait: bool, finished: bool = False) -> None:
+        """wait: nobody goes on before the commit, and if it fails, nobody goes on."""
         ledger = trainer.datamodule.ledger  # type: ignore[attr-defined]
         self.bad_samples = ledger.merged(gathered(ledger.state_dict(module.step.samples_seen)))
         if trainer.is_global_zero:
-            try:
-                self._commit(module, finished)
-            except SaveFailed as error:
-                failure = error
-        failure = trainer.strategy.broadcast(failure)  # also the barrier: nobody leaves before the commit
+            self._write(module, finished, wait)
         self._last = time.monotonic()
-        self._failed = self._failed + 1 if failure else 0
-        if failure:
-            log.warning("%s (%d of %d)", failure.line(), self._failed, self.max_failed_saves)
-            stopping = module.outcome is not None and module.outcome.stop
-            if finished or stopping or self._failed > self.max_failed_saves:
-                raise failure
+        if wait or not self.writer.background:
+            self._result = self.writer.result
+            failed = trainer.strategy.broadcast(self._result.failed)  # also the barrier
+            self._report(trainer, math.inf if wait and failed else failed)
 
-    def _commit(self, module: StageModule, finished: bool) -> None:
+    def _report(self, trainer: pl.Trainer, failed: float) -> None:
+        """failed: what rank 0 found, which every rank knows now."""
+        if failed > self.max_failed_saves:
+            error = trainer.strategy.broadcast(self._result.error)
+            assert error is not None
+            raise error
+        if failed != self._failed and isinstance(self._result.error, LdmError):
+            log.warning("%s (%d of %d)", self._result.error.line(), failed, self.max_failed_saves)
+        self._failed = failed
+
+    def _write(self, module: StageModule, finished: bool, wait: bool) -> None:
         results = self.validation.results
-        self.store.save(
+        self.writer.save(
             module.step.train_step,
+            wait=wait,
+            deadline_s=self.grace_s if module.outcome is not None and module.outcome.stop else DEADLINE_S,
             tensors=module.tensors(),
             trees=module.trees(),
             documents={
