@@ -39,6 +39,7 @@ def cached(finished, tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_training_with_a_cache_equals_training_without(finished, cached, shards, tmp_path, monkeypatch):
     """Losses of every step and of validation; no picture is opened, nothing is encoded."""
     monkeypatch.setattr("ldm.data.pipeline.decode_image", None)
@@ -137,6 +138,7 @@ def test_a_run_without_data_asks_for_them(finished, shards, tmp_path):
     assert cache(tmp_path / "c", Options(run=str(run)), words)["count"] == 81
 
 
+@pytest.mark.slow
 def test_a_full_disk_says_so_and_goes_on(finished, cached, tmp_path):
     """A limit on the size of files stands for a full disk."""
     program = "import resource, sys; from ldm.__main__ import main; "

@@ -72,6 +72,7 @@ def test_statistics_standardise_the_training_set(finished, shards):
     torch.testing.assert_close(latents.std((0, 2, 3), correction=0), torch.ones(4), rtol=1e-3, atol=0)
 
 
+@pytest.mark.slow
 def test_moments_in_memory_equal_moments_on_the_way(finished, shards, tmp_path):
     """Encoding once and encoding every time draw the same posterior samples: the same losses to rounding."""
     shutil.copytree(finished / "autoencoder", tmp_path / "tiny" / "autoencoder")
@@ -82,6 +83,7 @@ def test_moments_in_memory_equal_moments_on_the_way(finished, shards, tmp_path):
     np.testing.assert_allclose(online, cached, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_number_of_workers_changes_nothing(finished, shards, tmp_path):
     train(config(shards, tmp_path, "loader.num_workers=2", "stages=[autoencoder]"))
     assert compare_runs(finished, tmp_path / "tiny", "autoencoder") == []
@@ -104,6 +106,7 @@ def test_one_batch_is_learnt_by_heart(shards, tmp_path):
         assert np.mean(losses[-10:]) < losses[0] / 10, f"{stage}: {losses[0]} to {np.mean(losses[-10:])}"
 
 
+@pytest.mark.slow
 def test_another_autoencoder_is_refused(finished, shards, tmp_path):
     shutil.copytree(finished, tmp_path / "tiny")
     train(config(shards, tmp_path / "other", "seed=5", "stages=[autoencoder]"))
@@ -135,6 +138,7 @@ def test_sampling_command(finished, tmp_path):
     assert np.array_equal(*(np.asarray(Image.open(p)) for p in again))
 
 
+@pytest.mark.slow
 def test_fine_tuning_on_a_folder(finished, shards, tmp_path):
     """init_from: weights of another run, its autoencoder unchanged; the folder's pictures change the samples."""
     folder = tmp_path / "mine"

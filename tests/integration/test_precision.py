@@ -21,6 +21,7 @@ def losses(run, stage):
     return [row["train/loss"] for row in history(run, stage)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision, tolerance", [("bf16-mixed", 2e-2), ("16-mixed", 2e-3)])
 def test_half_precision_follows_float32(finished, shards, tmp_path, precision, tolerance):
     """The first steps differ by the rounding of the products alone: 2^-8 in bfloat16, 2^-11 in float16."""
@@ -33,6 +34,7 @@ def test_half_precision_follows_float32(finished, shards, tmp_path, precision, t
         assert Store(run / stage / "ckpt").newest().document("state")["environment"]["precision"] == precision
 
 
+@pytest.mark.slow
 def test_a_resume_keeps_the_loss_scale_and_every_bit(shards, tmp_path):
     whole = in_precision("16-mixed", shards, tmp_path / "whole")
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")

@@ -61,6 +61,7 @@ def test_killed_twice_equals_undisturbed(shards, tmp_path, workers):
         assert [row["train/step"] for row in history(broken / "tiny", stage)] == list(range(1, 25))
 
 
+@pytest.mark.slow
 def test_a_draw_that_followed_the_clock_would_be_noticed(shards, tmp_path, monkeypatch):
     """Negative control of the proof above: position shifted by one slot after the resume."""
     train(config(shards, tmp_path / "whole", "stages=[autoencoder]"))
@@ -94,6 +95,7 @@ def test_a_finished_run_does_nothing(finished, shards, capsys):
     assert before == {p: p.stat().st_mtime_ns for p in finished.rglob("*.safetensors")}
 
 
+@pytest.mark.slow
 def test_more_steps_need_a_word_and_then_equal_the_longer_run(shards, tmp_path):
     """With a rate that does not depend on the horizon, 8 steps and then 12 are the 12 steps of one life."""
     constant = ["stages=[autoencoder]", "lr_schedule@stage.autoencoder.lr_schedule=constant"]

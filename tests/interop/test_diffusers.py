@@ -71,7 +71,7 @@ def their_pictures(pipe) -> torch.Tensor:
     return found.images * 2 - 1
 
 
-@pytest.mark.parametrize("family", PREDICTIONS)
+@pytest.mark.parametrize("family", ["sd1", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sd2", "sdxl"))])
 def test_an_imported_pipeline_draws_the_same_picture(pipelines, family):
     pipe, _, run = pipelines[family]
     ours, theirs = our_pictures(run), their_pictures(pipe)

@@ -132,6 +132,7 @@ def test_one_forward_at_full_size(pair):
     assert expected.std() > 0.1
 
 
+@pytest.mark.slow
 def test_one_graph_and_channels_last():
     options, _ = narrowed(*SDXL)
     ours = UNet(**options).eval()
