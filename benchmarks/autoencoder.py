@@ -55,7 +55,7 @@ OPTIONS = {
     "lr": 2e-3,
     "features": "",
     "judge": "",
-    "perceptual": 1.0,
+    "perceptual": 5.0,
     "weight": 0.5,
     "start": 0.3,
     "out": "",
