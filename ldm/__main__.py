@@ -73,6 +73,17 @@ def export(argv: Sequence[str]) -> int:
     return main(argv)
 
 
+def ema(argv: Sequence[str]) -> int:
+    """RUN --length NUMBER: another average of the weights, made of the snapshots of a training, as a run."""
+    from ldm.tools.ema_options import parse
+
+    if parse(argv) is None:
+        return 0
+    from ldm.tools.ema import main
+
+    return main(argv)
+
+
 VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     "doctor": doctor,
     "prepare": prepare,
@@ -81,6 +92,7 @@ VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     "inspect-autoencoder": inspect_autoencoder,
     "import": import_,
     "export": export,
+    "ema": ema,
 }
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ldm.config import CONFIGS, compose, key_of, sweep_axes, trusted_targets
-from ldm.errors import INTERRUPTED, REFUSED, TERMINATED, UNCLASSIFIED, LdmError, nearest
+from ldm.errors import INTERRUPTED, REFUSED, TERMINATED, LdmError, classified, nearest
 from ldm.validate import validate
 
 Main = Callable[[dict[str, Any], tuple[str, ...]], int | None]
@@ -67,18 +67,19 @@ def handled(
     except LdmError as error:
         failure = error
     except Exception as error:  # the only one in the package: here errors become exit codes
-        failure = recognise(f"{type(error).__name__}: {error}") or _unclassified(error)
+        failure = classified(error)
         failure.__cause__ = error
     text = "".join(traceback.format_exception(failure.__cause__ or failure))
     home = folder()
     wanted = failure.exit_code not in (REFUSED, INTERRUPTED, TERMINATED)
-    if wanted and home and home.is_dir():
+    if wanted and home and home.is_dir() and not failure.recorded:
+        from ldm.checkpoints.run import write_error
+
+        rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
         with suppress(OSError):  # a full disk must not hide the line below
-            file = home / "errors" / f"rank{os.environ.get('RANK', '0')}.txt"
-            file.parent.mkdir(exist_ok=True)
-            file.write_text(text)
+            write_error(home, rank, text)
             if failure.code == "UNCLASSIFIED":
-                failure.next = f"read {file}, or " + failure.next
+                failure.next = f"read {home / 'errors' / f'rank{rank}.txt'}, or " + failure.next
     if "traceback=true" in (word.lower() for word in argv):
         print(text, file=sys.stderr)
     print(failure.line(), file=sys.stderr, flush=True)
@@ -99,40 +100,6 @@ def _options(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         if word.startswith("-"):
             raise LdmError("CONFIG", f"unknown option {word!r}", next=nearest(word, ("--help", "--multirun", "--cfg")))
     return options, words
-
-
-def _unclassified(error: Exception) -> LdmError:
-    frames = traceback.extract_tb(error.__traceback__)
-    ours = [f for f in frames if Path(f.filename).is_relative_to(CONFIGS.parent)] or frames
-    where = f"{Path(ours[-1].filename).name}:{ours[-1].lineno}" if ours else ""
-    what = f"{type(error).__name__}: {error}"
-    return LdmError("UNCLASSIFIED", what, where=where, next="rerun with traceback=true", exit_code=UNCLASSIFIED)
-
-
-_KNOWN_FAILURES = (  # what the text says, code, what it means, what to do
-    (
-        r"torchvision::nms|_extension.*torchvision|compiled with different CUDA",
-        "INSTALL",
-        "torch and torchvision come from different builds",
-        "pip install --force-reinstall torch torchvision -c constraints.txt; python -m ldm doctor shows both",
-    ),
-    (
-        r"OutOfMemoryError|CUDA out of memory",
-        "MEMORY",
-        "the device has not enough memory",
-        "raise stage.<name>.accumulate, or lower stage.<name>.batch_size or data.image_size",
-    ),
-    (r"No module named '(?!ldm)([\w.]+)'", "INSTALL", r"the package '\1' is missing", 'pip install -e ".[dev]"'),
-)
-
-
-def recognise(text: str) -> LdmError | None:
-    """The words for a failure of other software that users meet, or None."""
-    for pattern, code, what, hint in _KNOWN_FAILURES:
-        if match := re.search(pattern, text):
-            exit_code = REFUSED if code == "INSTALL" else UNCLASSIFIED
-            return LdmError(code, match.expand(what), next=hint, exit_code=exit_code)
-    return None
 
 
 def usage(config_name: str, purpose: str, config_dir: Path = CONFIGS) -> str:

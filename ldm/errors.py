@@ -6,8 +6,11 @@ Every failure that a user can meet is an `LdmError`; `ldm/cli.py` prints it as
 
 from __future__ import annotations
 
+import re
+import traceback
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
+from pathlib import Path
 
 OK = 0
 UNCLASSIFIED = 1
@@ -24,7 +27,10 @@ class LdmError(Exception):
 
     code: short upper-case name, e.g. "CONFIG".   what: what is wrong.   where: key, file or place.
     limit: what was allowed and what came.   next: what to do now.   exit_code: see the table in docs/errors.md.
+    recorded: its traceback stands in the run's errors/ already.
     """
+
+    recorded = False
 
     def __init__(
         self, code: str, what: str, *, where: str = "", limit: str = "", next: str = "", exit_code: int = REFUSED
@@ -93,3 +99,41 @@ def pick(table: Mapping[str, object], name: str, *, kind: str, where: str = "") 
     if name not in table:
         raise LdmError("CONFIG", f"unknown {kind} {name!r}", where=where, next=nearest(name, table))
     return table[name]
+
+
+def classified(error: BaseException) -> LdmError:
+    """The words for a failure that is none of ours."""
+    what = f"{type(error).__name__}: {error}"
+    if (known := recognise(what)) is not None:
+        return known
+    frames = traceback.extract_tb(error.__traceback__)
+    home = Path(__file__).resolve().parents[1]
+    ours = [f for f in frames if Path(f.filename).is_relative_to(home) and "site-packages" not in f.filename] or frames
+    where = f"{Path(ours[-1].filename).name}:{ours[-1].lineno}" if ours else ""
+    return LdmError("UNCLASSIFIED", what, where=where, next="rerun with traceback=true", exit_code=UNCLASSIFIED)
+
+
+_KNOWN_FAILURES = (  # what the text says, code, what it means, what to do
+    (
+        r"torchvision::nms|_extension.*torchvision|compiled with different CUDA",
+        "INSTALL",
+        "torch and torchvision come from different builds",
+        "pip install --force-reinstall torch torchvision -c constraints.txt; python -m ldm doctor shows both",
+    ),
+    (
+        r"OutOfMemoryError|CUDA out of memory|STATUS_ALLOC_FAILED|MemoryError: |[cC]an(no|')t allocate memory",
+        "MEMORY",
+        "the device, or on a CPU the machine, has not enough memory",
+        "raise stage.<name>.accumulate, or lower stage.<name>.batch_size or data.image_size",
+    ),
+    (r"No module named '(?!ldm)([\w.]+)'", "INSTALL", r"the package '\1' is missing", 'pip install -e ".[dev]"'),
+)
+
+
+def recognise(text: str) -> LdmError | None:
+    """The words for a failure of other software that users meet, or None."""
+    for pattern, code, what, hint in _KNOWN_FAILURES:
+        if match := re.search(pattern, text):
+            exit_code = REFUSED if code == "INSTALL" else UNCLASSIFIED
+            return LdmError(code, match.expand(what), next=hint, exit_code=exit_code)
+    return None

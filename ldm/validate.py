@@ -36,6 +36,16 @@ def _optional(rule: Rule) -> Rule:
     return f"null or {rule[0]}", lambda v: v is None or rule[1](v)
 
 
+def _several(rule: Rule) -> Rule:
+    words = f"a list without repetition, each {rule[0]}"
+    return words, lambda v: isinstance(v, list) and all(map(rule[1], v)) and len({f"{n:f}" for n in v}) == len(v)
+
+
+def _one_or_several(rule: Rule) -> Rule:
+    several = _several(rule)
+    return f"{rule[0]}, or {several[0]}", lambda v: bool(v) and several[1](v) if isinstance(v, list) else rule[1](v)
+
+
 _RUN_NAME = re.compile(r"[a-z0-9_-]{1,64}")
 STAGES = ("autoencoder", "diffusion", "features")  # their numbers stand for their initial weights: append
 _RULES: dict[str, Rule] = {
@@ -50,6 +60,7 @@ _RULES: dict[str, Rule] = {
     "stage.*.precision": _one_of("auto", "32", "bf16-mixed", "16-mixed"),
     "stage.*.optimizer": ("a mapping", lambda v: isinstance(v, dict)),
     "stage.*.optimizer.lr": _real(0, open_end=True),
+    "stage.*.discriminator_optimizer.lr": _real(0, open_end=True),
     "stage.*.save_every": _whole(1),
     "stage.*.validate_every": _optional(_whole(1)),
     "stage.*.sample_every": _optional(_whole(1)),
@@ -58,9 +69,14 @@ _RULES: dict[str, Rule] = {
     "stage.*.cache_latents_mb": _real(0),
     "stage.features.batch_size": _whole(2),
     "stage.features.accumulate": ("1: a part of a batch has fewer wrong answers to choose from", lambda v: v == 1),
-    "stage.autoencoder.alarms": _optional(_one_of("warn", "raise")),
+    "stage.*.alarms": _optional(_one_of("warn", "raise")),
     "stage.*.statistics_images": _optional(_whole(1)),
-    "stage.*.ema.half_life_images": _real(0, open_end=True),
+    "stage.*.ema": ("null or a mapping", lambda v: v is None or isinstance(v, dict)),
+    "stage.*.ema.half_life_images": _one_or_several(_real(0, open_end=True)),
+    "stage.*.ema.lengths": _several(_real(0.001, 0.28)),
+    "stage.*.ema.warmup": ("true or false", lambda v: isinstance(v, bool)),
+    "stage.*.ema.snapshot_every": _whole(1),
+    "stage.*.ema.snapshot_dtype": _one_of("float32", "float16"),
     "count": _whole(1),
     "batch_size": _whole(1),
     "height": _optional(_whole(1)),

@@ -374,6 +374,10 @@ def test_without_a_run_folder_none_is_made(configs, tmp_path, capsys):
         ),
         (ModuleNotFoundError("No module named 'diffusers'"), 2, "the package 'diffusers' is missing"),
         (type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory"), 1, "error[MEMORY]"),
+        (MemoryError(), 1, "error[MEMORY]"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to"), 1, "error[MEMORY]"),
+        (OSError(12, "Cannot allocate memory"), 1, "error[MEMORY]"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"), 1, "error[MEMORY]"),
         (ValueError("x"), 1, "error[UNCLASSIFIED]: ValueError: x"),
     ],
 )

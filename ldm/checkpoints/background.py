@@ -24,7 +24,7 @@ class Result(NamedTuple):
     """
 
     failed: float = 0
-    error: Exception | None = None
+    error: BaseException | None = None
 
 
 class Writer:
@@ -74,28 +74,27 @@ class Writer:
             self.store.save(step, **state)
         except SaveFailed as error:
             self.result = Result(self.result.failed + 1, error)
-        except Exception as error:
+        except LdmError as error:
             self.result = Result(math.inf, error)
+        except BaseException as error:
+            self.result = Result(math.inf, error)
+            raise
         else:
             self.result = Result()
 
 
-def copied(tree: Any) -> Any:
+def copied(tree: Any, copies: dict[tuple, Tensor] | None = None) -> Any:
     """`tree` with copies of its tensors in the host's memory; what showed the same memory does so again."""
+    import torch
+
     from ldm.checkpoints.codec import memory_of
 
-    copies: dict[tuple, Tensor] = {}
-
-    def copy(node: Any) -> Any:
-        import torch
-
-        if isinstance(node, torch.Tensor):
-            tensor = node.detach()
-            if (key := memory_of(tensor)) not in copies:
-                copies[key] = tensor.clone() if tensor.device.type == "cpu" else tensor.cpu()
-            return copies[key]
-        if isinstance(node, Mapping):
-            return {key: copy(value) for key, value in node.items()}
-        return type(node)(map(copy, node)) if type(node) in (list, tuple) else node
-
-    return copy(tree)
+    copies = {} if copies is None else copies  # no closure that calls itself: it would keep them all until collected
+    if isinstance(tree, torch.Tensor):
+        tensor = tree.detach()
+        if (key := memory_of(tensor)) not in copies:
+            copies[key] = tensor.clone() if tensor.device.type == "cpu" else tensor.cpu()
+        return copies[key]
+    if isinstance(tree, Mapping):
+        return {key: copied(value, copies) for key, value in tree.items()}
+    return type(tree)(copied(value, copies) for value in tree) if type(tree) in (list, tuple) else tree

@@ -63,6 +63,10 @@ class StagePaths:
     def ckpt(self) -> Path:
         return self.folder / "ckpt"
 
+    @property
+    def ema(self) -> Path:
+        return self.folder / "ema"
+
 
 class Run:
     """A run opened for writing; holds its lock until `close`. Made by `open_run`.

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ldm.data.order import Ids, Order, even_lanes, permutation, samples_per_epoch
+from ldm.data.order import ALL, Ids, Order, even_lanes, permutation, samples_per_epoch
 from ldm.errors import LdmError, nearest
 
 _MIXED_STEPS = 4  # of a rare bucket that are shuffled together, however small its share of a window is
@@ -219,16 +219,16 @@ class BucketOrder:
         mine = self._at(step)[0]
         return self.assigned.size(self._parts[mine if self._hosts is None else self._hosts[mine]][0])
 
-    def ids(self, step: int) -> Ids:
-        """[B] sample ids of the step, by slot."""
+    def ids(self, step: int, part: slice = ALL) -> Ids:
+        """[B] sample ids of the step, by slot.   part: those of the step's slots alone."""
         i, inner = self._at(step)
         _, rows, order = self._parts[i]
-        return rows[order.ids(inner)]
+        return rows[order.ids(inner, part)]
 
-    def turns(self, step: int) -> Ids:
+    def turns(self, step: int, part: slice = ALL) -> Ids:
         """[B] by slot, how often the slot's sample was used before."""
         i, inner = self._at(step)
-        return self._parts[i][2].turns(inner)
+        return self._parts[i][2].turns(inner, part)
 
     def reserve(self, slot: int, attempt: int) -> int:
         """A candidate to replace a bad sample at `slot`: the others of its bucket one by one, those of its lane first;

@@ -17,7 +17,7 @@ from ldm.data.bad_samples import Bad, BadSamples
 from ldm.data.buckets import Assignment, BucketOrder, in_words, read_settings, report
 from ldm.data.captions import Captions
 from ldm.data.columns import checked
-from ldm.data.loader import FiniteStream, Stream
+from ldm.data.loader import FiniteStream, Stream, warn_of_shared_memory
 from ldm.data.moments import Moments
 from ldm.data.order import Ids, Order, check_cut
 from ldm.data.pipeline import BucketPass, ListPass, PassPlan, Plan, TrainPlan, stages
@@ -285,6 +285,8 @@ class DataModule(pl.LightningDataModule):
         run = self._configured()
         transform = Transform(**{**vars(self.transform), "key": run["key"]})
         plan = run["plan"]
+        pixels = int(self.target_sizes("train").prod(axis=1).max()) if "train" not in self._moments else 0
+        warn_of_shared_memory(run["loading"]["num_workers"], len(plan.slots(0)) * 3 * pixels)
         if isinstance(plan.order, BucketOrder) and "train" in self._moments:
             plan = replace(plan, order=plan.order.of_encoded(self._moments["train"].usable))
         return self._stream("train", plan, transform, start=run["start"], ledger=self.ledger)

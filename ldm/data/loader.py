@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import shutil
 import signal
@@ -10,8 +11,10 @@ import sys
 import threading
 import weakref
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,9 +26,13 @@ from ldm.data.transforms import to_images
 from ldm.errors import TEMPORARY, LdmError
 from ldm.types import Batch
 
+log = logging.getLogger(__name__)
+
 # Forked workers share the index and the moments, and start at once. They are single-threaded and never touch CUDA.
 START_METHOD = "fork" if sys.platform == "linux" else "spawn"
 _PR_SET_PDEATHSIG = 1
+PREFETCH = 2
+"""Batches that each worker keeps ready."""
 _GRACE_S = 30  # for a worker after SIGTERM: the trainer finishes its step and saves, and needs batches until then
 
 
@@ -50,6 +57,7 @@ class Stream:
             num_workers=num_workers,
             timeout=timeout_s if num_workers else 0,
             persistent_workers=num_workers > 0,
+            prefetch_factor=PREFETCH if num_workers else None,
             multiprocessing_context=start_method if num_workers else None,
             worker_init_fn=_start_worker if num_workers else None,
         )
@@ -115,16 +123,51 @@ class Stream:
     def _lost(self, error: RuntimeError) -> LdmError:
         dataset, ids = self.source.dataset, self.source.plan.ids(self._position).tolist()
         shards = ", ".join(sorted({dataset.shard_name(i) for i in ids})[:4])
-        free = shutil.disk_usage("/dev/shm").free >> 20 if os.path.isdir("/dev/shm") else 0
+        workers = [process.pid for process in getattr(self.loader._iterator, "_workers", [])]
         slow = "timed out" in str(error)
         cause = "slow disk, or loader.timeout_s too low" if slow else "likely out of memory: lower loader.num_workers"
         return LdmError(
             "LOADER",
             str(error).splitlines()[0],
             where=f"micro-batch {self._position}, from {dataset.keys[ids[0]]!r} in {shards}",
-            limit=f"{free} MB of shared memory free",
+            limit=_memory_in_words(workers),
             next=f"{cause}; rerun the same command to resume",
             exit_code=TEMPORARY,
+        )
+
+
+def _memory_in_words(workers: list[int]) -> str:
+    """What a person needs to tell whether memory ran out: what is used here, and what is free."""
+    free = shutil.disk_usage("/dev/shm").free >> 20 if os.path.isdir("/dev/shm") else 0
+    said = [f"{free} MB of shared memory free"]
+    with suppress(OSError, KeyError):  # Linux only
+        table = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        said.append(f"{int(table['MemAvailable'].split()[0]) >> 10} MB of memory")
+        said.append(f"{_resident_mb(os.getpid())} MB used by the trainer")
+        said.append(f"up to {max(map(_resident_mb, workers), default=0)} MB by each worker that is left")
+    return ", ".join(said)
+
+
+def _resident_mb(pid: int) -> int:
+    try:
+        pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    except (OSError, IndexError, ValueError):  # it is gone
+        return 0
+    return pages * os.sysconf("SC_PAGESIZE") >> 20
+
+
+def warn_of_shared_memory(num_workers: int, batch_bytes: int) -> None:
+    """Says so where the batches that wait in shared memory may not fit: a worker would die of it, without a word."""
+    if not num_workers or not os.path.isdir("/dev/shm"):
+        return
+    needed, free = num_workers * PREFETCH * batch_bytes, shutil.disk_usage("/dev/shm").free
+    if needed > free:
+        log.warning(
+            "%d workers keep up to %d MB of pictures in shared memory, and %d MB are free: lower loader.num_workers, "
+            "or give the container more (docker run --shm-size)",
+            num_workers,
+            needed >> 20,
+            free >> 20,
         )
 
 

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from ldm.errors import LdmError
 
 Ids = NDArray[np.int64]
+ALL = slice(None)
 _LONG_LANE = 1024  # samples: one more is then 0.1 %
 
 
@@ -186,13 +187,16 @@ class Order:
             return int(self.lane_lengths.min()) // per_lane
         return -(-int(self.lane_lengths.max()) // per_lane)
 
-    def ids(self, step: int) -> Ids:
-        """[B] sample ids of the step, by slot: slot step * B + lane * (B / L) + i."""
-        return np.concatenate([self._entries(epoch).ids[entries] for epoch, entries in self._runs(step)])
+    def ids(self, step: int, part: slice = ALL) -> Ids:
+        """[B] sample ids of the step, by slot: slot step * B + lane * (B / L) + i.
 
-    def turns(self, step: int) -> Ids:
+        part: those of the step's slots alone, for which no other lane is looked at.
+        """
+        return np.concatenate([self._entries(epoch).ids[entries] for epoch, entries in self._runs(step, part)])
+
+    def turns(self, step: int, part: slice = ALL) -> Ids:
         """[B] by slot, how often the slot's sample was used before: uses of earlier epochs, and passes of this one."""
-        return np.concatenate([self._turns_of(epoch, entries) for epoch, entries in self._runs(step)])
+        return np.concatenate([self._turns_of(epoch, entries) for epoch, entries in self._runs(step, part)])
 
     def reserve(self, slot: int, attempt: int) -> int:
         """A candidate to replace a bad sample at `slot`: the others of its lane and epoch one by one in an order of the
@@ -224,11 +228,13 @@ class Order:
             stride += 1
         return (own + 1 + (start + attempt * stride) % (length - 1)) % length
 
-    def _runs(self, step: int) -> Iterator[tuple[int, Ids]]:
+    def _runs(self, step: int, part: slice) -> Iterator[tuple[int, Ids]]:
         """The step's entries by slot, in runs of one epoch."""
         per_lane = self.batch_size // self.lanes
-        for lane in range(self.lanes):
-            epochs, positions = self._positions(lane, step, per_lane)
+        start, stop, _ = part.indices(self.batch_size)
+        for lane in range(start // per_lane, -(-stop // per_lane)):
+            mine = slice(max(0, start - lane * per_lane), stop - lane * per_lane)
+            epochs, positions = (of_step[mine] for of_step in self._positions(lane, step, per_lane))
             for epoch in np.unique(epochs):
                 yield int(epoch), self._resolve(int(epoch), lane, positions[epochs == epoch])
 
@@ -351,11 +357,18 @@ class Order:
         return int(line.samples_before[shard] + np.searchsorted(offsets, byte - line.bytes_before[shard]))
 
 
-def cut(ids: Ids, rank: int, world_size: int, accumulate: int, micro: int) -> Ids:
-    """Micro-batch `micro` of `rank`: piece rank * A + micro of the R * A equal runs of a step."""
-    size = len(ids) // (world_size * accumulate)
+def piece(batch_size: int, rank: int, world_size: int, accumulate: int, micro: int) -> slice:
+    """The slots of a step that are micro-batch `micro` of `rank`: run rank * A + micro of R * A equal ones."""
+    size = batch_size // (world_size * accumulate)
     first = (rank * accumulate + micro) * size
-    return ids[first : first + size]
+    return slice(first, first + size)
+
+
+def efficient_sizes(batch_size: int, lanes: int) -> list[int]:
+    """Numbers of processes of which none reads from a lane that it does not need: they divide the lanes, or are divided
+    by them.
+    """
+    return [n for n in range(1, batch_size + 1) if batch_size % n == 0 and (lanes % n == 0 or n % lanes == 0)]
 
 
 def check_cut(batch_size: int, world_size: int, accumulate: int) -> None:

@@ -28,7 +28,7 @@ from ldm.data.captions import Captions
 from ldm.data.columns import kind_of
 from ldm.data.decode import BadSample, decode_array, decode_columns, decode_image, decode_mask
 from ldm.data.moments import Moments
-from ldm.data.order import Ids, Order, cut
+from ldm.data.order import Ids, Order, piece
 from ldm.data.shards import Dataset
 from ldm.data.transforms import Size, Transform, to_bytes, to_images, to_masks
 from ldm.errors import LdmError
@@ -77,19 +77,22 @@ class TrainPlan:
 
     def slots(self, j: int) -> Ids:
         step, micro = divmod(j, self.accumulate)
-        size = self.order.batch_size
-        return cut(np.arange(step * size, (step + 1) * size), self.rank, self.world_size, self.accumulate, micro)
+        part = self._piece(micro)
+        return step * self.order.batch_size + np.arange(part.start, part.stop)
 
     def ids(self, j: int) -> Ids:
         step, micro = divmod(j, self.accumulate)
-        return cut(self.order.ids(step), self.rank, self.world_size, self.accumulate, micro)
+        return self.order.ids(step, self._piece(micro))
 
     def valid(self, j: int) -> NDArray[np.bool_]:
         return np.ones(len(self.slots(j)), dtype=bool)
 
     def turns(self, j: int) -> Ids:
         step, micro = divmod(j, self.accumulate)
-        return cut(self.order.turns(step), self.rank, self.world_size, self.accumulate, micro)
+        return self.order.turns(step, self._piece(micro))
+
+    def _piece(self, micro: int) -> slice:
+        return piece(self.order.batch_size, self.rank, self.world_size, self.accumulate, micro)
 
     def reserve(self, slot: int, attempt: int) -> int:
         return self.order.reserve(slot, attempt)

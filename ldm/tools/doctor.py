@@ -22,10 +22,9 @@ from typing import Any
 from packaging.requirements import Requirement
 
 from ldm.checkpoints.run import find_run
-from ldm.cli import recognise
 from ldm.config import CONFIGS, compose, trusted_targets
 from ldm.data.splits import check_data, problems_of
-from ldm.errors import REFUSED, LdmError
+from ldm.errors import REFUSED, LdmError, recognise
 from ldm.validate import validate
 
 Finding = tuple[str, str, str]

@@ -1,4 +1,4 @@
-"""The words of a verb: places first, then `key=value`; `--key` is short for `key=true`."""
+"""The words of a verb: places first, then `key=value` or `--key value`; `--key` alone is short for `key=true`."""
 
 from __future__ import annotations
 
@@ -31,15 +31,21 @@ class Verb:
         known = {f.name: f.metadata for f in fields(options)}  # type: ignore[arg-type]
         places: list[str] = []
         found: dict[str, Any] = {}
-        for word in argv:
+        words = iter(argv)
+        for word in words:
             if word in ("-h", "--help"):
                 print(self.help(options))
                 return None
             switch, (key, equals, value) = word.startswith("--"), word.removeprefix("--").partition("=")
+            key = key.replace("-", "_") if switch else key
             if not switch and not (equals and key.isidentifier()):  # `./a=b` is a path
                 places.append(word)
             elif key in known:
-                found[key] = _value(key, value if equals else "true", known[key])
+                if not equals:  # --key alone, or --key VALUE
+                    value = "true" if known[key]["kind"] is bool else next(words, "")
+                    if not value or value.startswith("--"):
+                        raise LdmError("CONFIG", f"{word} needs a value", where=key, next=f"{key}=VALUE")
+                found[key] = _value(key, value, known[key])
             elif key != "traceback":  # which ldm.cli reads
                 raise LdmError("CONFIG", f"unknown option {word!r}", next=nearest(key, known))
         needed = [name for name in self.places if not name.startswith("[")]

@@ -21,6 +21,7 @@ from ldm.random import Purpose, fold, run_key
 from ldm.reconstruction.perceptual import FeatureDistance
 from ldm.training.autoencoder_module import AutoencoderModule
 from ldm.training.diffusion_module import DiffusionModule
+from ldm.training.ema import profiles_of
 from ldm.training.features_module import FeaturesModule
 from ldm.training.finetune import check_source, decoder_only, source_of
 from ldm.training.place import Config
@@ -49,6 +50,7 @@ def check_model(cfg: Config, trusted: tuple[str, ...] = ()) -> None:
             hint = "set stages=[diffusion]"
             raise LdmError("STAGES", "this autoencoder has nothing to train", where="stages", next=hint)
         check_reconstruction(cfg, trusted)
+        check_averages(cfg)
     if "diffusion" not in cfg["stages"]:
         return
     model = cfg["model"]
@@ -81,6 +83,18 @@ def check_model(cfg: Config, trusted: tuple[str, ...] = ()) -> None:
             where="scheduler.masked",
             limit=f"given: {', '.join(sorted(offered))}",
             next="with KEY.mask.png beside KEY.jpg: data.columns.mask=.mask.png; or set scheduler.masked=false",
+        )
+
+
+def check_averages(cfg: Config) -> None:
+    """Refuses averages that cannot be combined later: a revived code is another one from then on."""
+    ema, every = cfg["stage"]["autoencoder"]["ema"], cfg["model"]["autoencoder"].get("revive_every")
+    if ema and ema["lengths"] and every is not None:
+        raise LdmError(
+            "CONFIG",
+            "snapshots of the averages cannot be combined where codes are revived: a code is then another one",
+            where="stage.autoencoder.ema.lengths",
+            next="leave it out, or set model.autoencoder.revive_every=null",
         )
 
 
@@ -188,7 +202,7 @@ def build_module(cfg: Config, trusted: tuple[str, ...], stage: str, folder: Path
         batch_size=node["batch_size"],
         optimizer=build(node["optimizer"], where=f"stage.{stage}.optimizer", trusted=trusted),
         lr_schedule=build(node["lr_schedule"], where=f"stage.{stage}.lr_schedule", trusted=trusted),
-        ema_half_life_images=node["ema"]["half_life_images"] if node["ema"] else None,
+        ema=profiles_of(node["ema"], node["batch_size"]),
         accumulate=node["accumulate"],
         grad_clip=node["grad_clip"],
         precision=precision,

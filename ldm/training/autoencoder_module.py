@@ -19,6 +19,7 @@ from ldm.random import Draws, Purpose
 from ldm.reconstruction.adversarial import inputs_of
 from ldm.reconstruction.objective import ReconstructionObjective
 from ldm.training.codebook import tend_codebook
+from ldm.training.ranks import several
 from ldm.training.reconstruction_measures import SetMeasures, picture_measures
 from ldm.training.stage_module import StageModule, StageSettings
 from ldm.training.step import Player
@@ -199,7 +200,7 @@ class AutoencoderModule(StageModule):
 
 
 def _mean_over_ranks(value: Tensor) -> Tensor:
-    if dist.is_available() and dist.is_initialized():
+    if several():
         dist.all_reduce(value)
         value /= dist.get_world_size()
     return value

@@ -41,8 +41,8 @@ def tend_codebook(
         if isinstance(moment, Tensor) and moment.shape == book.embedding.weight.shape:
             moment[revived] = 0
     if step.ema is not None:
-        average = step.ema.averages[WEIGHT]
-        average[revived] = book.embedding.weight[revived].to(average.dtype)
+        for averages in step.ema.files().values():
+            averages[WEIGHT][revived] = book.embedding.weight[revived].to(averages[WEIGHT].dtype)
     return len(revived)
 
 

@@ -11,6 +11,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from ldm.training.ranks import several
+
 
 class Pairs(NamedTuple):
     """images, texts: unit vectors [B, E], row by row of one pair.   ids: [B] int64 of `caption_ids`."""
@@ -55,7 +57,7 @@ def of_all_ranks(x: Tensor) -> Tensor:
 
     Every rank takes part, forward and backward.
     """
-    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+    if not several():
         return x
     return _Gathered.apply(x)
 

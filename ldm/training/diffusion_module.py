@@ -56,6 +56,9 @@ class DiffusionModule(StageModule):
     def trained(self) -> nn.Module:
         return self.trained_parts
 
+    def observed(self) -> nn.Module:
+        return self.model
+
     def use_cache(self, cache: Cache, data: DataModule, trusted: tuple[str, ...] = ()) -> None:
         """Read latents, and text embeddings where there are some, instead of computing them.
 

@@ -36,8 +36,9 @@ def settings_of(cfg: Config, stage: str) -> dict[str, Any]:
             flat[f"data.{key}"] = cfg["data"][key]
     if (bucket := cfg["data"].get("bucket") or {}).get("enable_bucket"):
         _flatten(flat, "data.bucket", bucket)
-    for key in ("max_steps", "batch_size", "grad_clip", "optimizer", "lr_schedule", "ema"):
+    for key in ("max_steps", "batch_size", "grad_clip", "optimizer", "lr_schedule"):
         _flatten(flat, f"stage.{stage}.{key}", node[key])
+    _flatten(flat, f"stage.{stage}.ema", _averages(node["ema"]))
     if stage == "autoencoder":
         later = {k: p.default for k, p in signature(ReconstructionObjective).parameters.items() if k not in _OBJECTIVE}
         objective = {k: v for k, v in node["objective"].items() if k not in later or v != later[k]}  # as above
@@ -62,6 +63,18 @@ def settings_of(cfg: Config, stage: str) -> dict[str, Any]:
     # derived from max_steps: one accepted difference must not need two names
     flat.pop(f"stage.{stage}.lr_schedule.max_steps", None)
     return _deciding(flat, stage)
+
+
+def _averages(node: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Which averages there are; how often they are stored, and how, changes none of them."""
+    if node is None:
+        return None
+    later = {"lengths": [], "warmup": True}  # left out by default, as above
+    return {
+        key: value
+        for key, value in node.items()
+        if not key.startswith("snapshot_") and not (key in later and value == later[key])
+    }
 
 
 def recorded_settings(checkpoint: Checkpoint, stage: str) -> dict[str, Any]:

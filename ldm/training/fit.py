@@ -14,19 +14,26 @@ from ldm.errors import LdmError
 from ldm.training.assemble import check_parts, fixed_autoencoder
 from ldm.training.finetune import adopt
 from ldm.training.fingerprint import recorded_settings, settings_of
-from ldm.training.place import Config, Place, hear_decision, join_group, tell_decision
+from ldm.training.group import hear_decision, join_group, losses_named, tell_decision
+from ldm.training.place import Config, Place
 from ldm.training.run_stage import run_stage
+from ldm.training.signals import handling, leave_now
 
 
 def train(cfg: Config, trusted: tuple[str, ...] = ()) -> None:
     """Trains the stages of a run that are left; the same command again continues it."""
+    with handling(leave_now), losses_named():
+        _train(cfg, trusted)
+
+
+def _train(cfg: Config, trusted: tuple[str, ...]) -> None:
     from ldm.training.launch import launch, local_devices
 
     outer = Place.outer()
     if len(cfg["stages"]) != 1 and (outer is not None or cfg["resume"]["step"] is not None):
         raise LdmError(
             "STAGES",
-            "under torchrun, and with resume.step, give exactly one stage",
+            "under torchrun or SLURM, and with resume.step, give exactly one stage",
             where="stages",
             limit=f"given {list(cfg['stages'])}",
             next="stages=[autoencoder], then stages=[diffusion]",
@@ -41,7 +48,8 @@ def train(cfg: Config, trusted: tuple[str, ...] = ()) -> None:
         Cache.open(cfg["data"]["cache"])
     folder, resume = Path(cfg["output_dir"]) / cfg["name"], cfg["resume"]
     if outer is not None:
-        join_group(cfg["trainer"])
+        outer.nodes_or(int(cfg["trainer"]["nodes"]))
+        join_group(cfg["trainer"], outer)
         if outer.rank > 0:
             if hear_decision() == "train":
                 run_stage(cfg, trusted, cfg["stages"][0], folder, outer)

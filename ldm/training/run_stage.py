@@ -13,23 +13,27 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.plugins import MixedPrecision
-from pytorch_lightning.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from ldm.build import build
 from ldm.checkpoints.files import truncate_jsonl
 from ldm.checkpoints.run import StagePaths, redact
+from ldm.checkpoints.snapshots import Snapshots
 from ldm.checkpoints.store import Store
 from ldm.data.bad_samples import in_words
 from ldm.data.cache import Cache
 from ldm.data.datamodule import DataModule
 from ldm.data.index import BAD_KINDS
+from ldm.data.order import efficient_sizes
 from ldm.model import load_pretrained
 from ldm.precompute.statistics import chosen_images
 from ldm.training.assemble import build_module
 from ldm.training.callbacks.alarms import Alarms
-from ldm.training.callbacks.checkpointing import Checkpointing
+from ldm.training.callbacks.autoencoder_alarms import AutoencoderAlarms
+from ldm.training.callbacks.averages import Averages
+from ldm.training.callbacks.checkpointing import VERSIONS, Checkpointing
 from ldm.training.callbacks.monitor import Monitor, choose_mode
+from ldm.training.callbacks.movement import Movement
 from ldm.training.callbacks.progress import ProgressBar
 from ldm.training.callbacks.recorder import Begin, Recorder, StopClock
 from ldm.training.callbacks.samples import Samples
@@ -37,6 +41,7 @@ from ldm.training.callbacks.validation import Validation
 from ldm.training.diffusion_module import DiffusionModule
 from ldm.training.finetune import source_of
 from ldm.training.fingerprint import check_drift, fingerprint_of
+from ldm.training.group import START_TIMEOUT, Joined, Timeouts, check_agreement, part
 from ldm.training.place import Config, Place
 from ldm.training.signals import StopOnSignal, Stopped, not_saved
 from ldm.training.stage_module import StageModule
@@ -46,7 +51,8 @@ from ldm.training.step import per_device
 def run_stage(cfg: Config, trusted: tuple[str, ...], stage: str, folder: Path, place: Place) -> None:
     """Trains one stage in this process, which may be one of several."""
     warnings.filterwarnings("ignore", module="pytorch_lightning")
-    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    for name in ("pytorch_lightning", "lightning_fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     settings_node = cfg["stage"][stage]
     paths = StagePaths(folder / stage)
     store = Store(
@@ -93,6 +99,8 @@ def run_stage(cfg: Config, trusted: tuple[str, ...], stage: str, folder: Path, p
     }
     if cache is not None and cache.about["dtype"] != "float32":
         environment["latents"] = f"of a cache in {cache.about['dtype']}"
+    settings = {key: value for key, value in cfg.items() if key not in ("data", "logger", "traceback")}
+    check_agreement(settings=settings, training=fingerprint, versions=VERSIONS)
     if checkpoint is not None:
         check_drift(checkpoint, stage, fingerprint, environment, cfg["resume"]["allow"], place)
         module.resume_from(checkpoint)
@@ -104,6 +112,7 @@ def run_stage(cfg: Config, trusted: tuple[str, ...], stage: str, folder: Path, p
     if place.rank == 0:
         for log_file in (paths.metrics, paths.nonfinite, paths.alarms):  # of a life cut off after its last save
             truncate_jsonl(log_file, "train/step", start_step)
+        Snapshots(paths.ema).begin(start_step)
         if checkpoint is not None:
             print(f"{stage}: continuing at step {start_step}", flush=True)
     if place.rank == 0:
@@ -121,7 +130,7 @@ def run_stage(cfg: Config, trusted: tuple[str, ...], stage: str, folder: Path, p
         sampling=build(cfg["sampler"], where="sampler", trusted=trusted) if stage == "diffusion" else None,
     )
     recorder = Recorder(paths, validation, samples, monitor)
-    stop = StopOnSignal(module)
+    stop = StopOnSignal(module, alone=place.world_size == 1)
     checkpointing = Checkpointing(
         store,
         validation,
@@ -135,21 +144,29 @@ def run_stage(cfg: Config, trusted: tuple[str, ...], stage: str, folder: Path, p
     )
     begin = Begin(folder, cfg)
     callbacks = [begin, StopClock(recorder), validation, samples, recorder, ProgressBar(recorder), checkpointing, stop]
-    if settings_node.get("alarms") is not None:  # before a checkpoint of what they find
-        callbacks.insert(callbacks.index(checkpointing), Alarms(paths.alarms, validation, settings_node["alarms"]))
+    callbacks.insert(0, Timeouts())
+    alarms = _alarms(stage, settings_node["alarms"], paths, validation)
+    watching = [Movement(alarms)] if alarms is None else [alarms, Movement(alarms)]
+    place_of = callbacks.index(checkpointing)
+    callbacks[place_of:place_of] = watching  # before a checkpoint of what they find
+    if (ema := settings_node["ema"]) is not None and ema["lengths"]:  # before the checkpoint of the same step
+        averages = Averages(Snapshots(paths.ema), ema["snapshot_every"], getattr(torch, ema["snapshot_dtype"]))
+        callbacks.insert(callbacks.index(checkpointing), averages)
     trainer = make_trainer(cfg["trainer"], precision, callbacks, folder, place)
+    well = False
     try:
         trainer.fit(module, datamodule=data)
+        well = stop.received is None
     except SIGTERMException as error:  # Lightning's own handler, between its registration and ours
         raise not_saved(signal.SIGTERM) from error
     finally:
-        stop.restore()
         if monitor is not None:
-            monitor.close(timeout_s=30.0 if stop.received is None else 5.0)
+            monitor.close(timeout_s=30.0 if well else 5.0)
+        stop.restore()
     if place.rank == 0:
         _summarise(stage, data, checkpointing.bad_samples["counts"], recorder.captions_cut, paths)
-    if stop.received is not None:
-        raise Stopped(stop.received, module.step.train_step)
+    if (number := part(stop.received)) is not None:
+        raise Stopped(number, module.step.train_step)
 
 
 def choose_precision(wanted: str, accelerator: str) -> str:
@@ -169,21 +186,20 @@ def make_trainer(node: Config, precision: str, callbacks: list[pl.Callback], fol
     if precision == "16-mixed":
         # our own scaler: Lightning's would unscale only inside optimizer.step(), after the norm was taken
         plugins.append(MixedPrecision("16-mixed", device, scaler=torch.amp.GradScaler(device, enabled=False)))
+    nodes = place.nodes_or(int(node["nodes"]))
+    plugins.append(Joined(place, nodes))
     strategy: Any = node["strategy"]
-    if place.world_size > 1:
-        # its processes exist already
-        plugins.append(TorchElasticEnvironment() if TorchElasticEnvironment.detect() else LightningEnvironment())
-        if strategy in ("auto", "ddp"):
-            from pytorch_lightning.strategies import DDPStrategy
+    if place.world_size > 1 and strategy in ("auto", "ddp"):
+        from pytorch_lightning.strategies import DDPStrategy
 
-            strategy = DDPStrategy(
-                process_group_backend="nccl" if device == "cuda" else "gloo",
-                find_unused_parameters=False,
-                broadcast_buffers=False,
-                gradient_as_bucket_view=True,
-            )
-    nodes = int(node["nodes"])
-    options: dict[str, Any] = {"plugins": plugins} if plugins else {}
+        strategy = DDPStrategy(
+            process_group_backend="nccl" if device == "cuda" else "gloo",
+            timeout=START_TIMEOUT,
+            find_unused_parameters=False,
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+        )
+    options: dict[str, Any] = {"plugins": plugins}
     if precision != "16-mixed":
         options["precision"] = "32-true" if precision == "32" else precision
     return pl.Trainer(
@@ -215,6 +231,13 @@ def _announce(stage: str, module: StageModule, node: Config, place: Place, micro
         f"({place.world_size} x {micro_batch} x {node['accumulate']}), precision {module.settings.precision}",
         flush=True,
     )
+    lanes = data.order_fingerprint["lanes"]
+    if place.world_size not in (sizes := efficient_sizes(node["batch_size"], lanes)):
+        print(
+            f"{stage}: {place.world_size} processes do not fit {lanes} lanes: some read what they do not need; "
+            f"{', '.join(map(str, sizes))} would not (docs/scaling.md)",
+            flush=True,
+        )
 
 
 def _summarise(stage: str, data: DataModule, met: Mapping[str, int], cut: int, paths: StagePaths) -> None:
@@ -226,6 +249,14 @@ def _summarise(stage: str, data: DataModule, met: Mapping[str, int], cut: int, p
     said += [f"{cut} captions were longer than the text encoder reads and were cut"] if cut else []
     if said:
         print(f"{stage}: {'; '.join(said)}", flush=True)
+
+
+def _alarms(stage: str, policy: str | None, paths: StagePaths, validation: Validation) -> Alarms | None:
+    if policy is None:
+        return None
+    if stage == "autoencoder":
+        return AutoencoderAlarms(paths.alarms, validation, policy, paths.metrics)
+    return Alarms(paths.alarms, policy, paths.metrics)
 
 
 def _monitor(cfg: Config, stage: str, folder: Path) -> Monitor | None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -13,6 +16,9 @@ from ldm.errors import INTERRUPTED, TEMPORARY, TERMINATED, LdmError
 from ldm.training.stage_module import StageModule
 
 STOPS = {signal.SIGINT: INTERRUPTED, signal.SIGTERM: TERMINATED, signal.SIGUSR1: TERMINATED}
+
+REPEAT_S = 1.0
+"""A signal so soon after the first is the same one: `timeout`, SLURM and systemd send to a group and to its leader."""
 
 
 class Stopped(LdmError):
@@ -41,16 +47,47 @@ def not_saved(number: int) -> LdmError:
     )
 
 
-class StopOnSignal(pl.Callback):
-    """Installs the handlers now, and again after Lightning has registered its own; `restore` puts the old ones back.
+def left_at_once() -> LdmError:
+    """The answer to a second signal."""
+    return LdmError(
+        "STOPPED",
+        "stopped at once by a second signal, without saving",
+        next="run the same command again to continue from the checkpoint before",
+        exit_code=TEMPORARY,
+    )
 
-    A second signal leaves at once with code 75; the previous checkpoint is intact.
+
+@contextmanager
+def handling(handler: Callable[[int, FrameType | None], None] | signal.Handlers) -> Iterator[None]:
+    """`handler` for the three stop signals, the old ones afterwards."""
+    old = {number: signal.signal(number, handler) for number in STOPS}
+    try:
+        yield
+    finally:
+        for number, before in old.items():
+            signal.signal(number, before)
+
+
+def leave_now(number: int, frame: FrameType | None) -> None:
+    """A handler for the time in which there is nothing to save."""
+    raise not_saved(number)
+
+
+class StopOnSignal(pl.Callback):
+    """Installs its handlers now, and again after Lightning has registered its own; `restore` puts the old ones back.
+
+    Before training has begun a signal ends it there. Afterwards it sets `module.stop_due`, which the next step tells
+    to all ranks.
+    alone: this is the only process of the job, and a second signal, a second or more after the first, leaves at once
+    with code 75; the previous checkpoint is intact. Of several processes the launcher decides that.
     """
 
-    def __init__(self, module: StageModule) -> None:
+    def __init__(self, module: StageModule, *, alone: bool) -> None:
         self.received: int | None = None
+        self._module, self._alone = module, alone
+        self._began = False
+        self._since = 0.0
         self._old: dict[int, Any] = {}
-        self._module = module
         self.install()
 
     def install(self) -> None:
@@ -59,13 +96,18 @@ class StopOnSignal(pl.Callback):
             self._old.setdefault(number, old)
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self._began = True
         self.install()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.received is not None and number != signal.SIGUSR1:
+        if self.received is None:
+            self.received, self._since = number, time.monotonic()
+            self._module.stop_due = True
+            if not self._began:
+                leave_now(number, frame)
+        elif self._alone and number != signal.SIGUSR1 and time.monotonic() - self._since > REPEAT_S:
+            os.write(2, (left_at_once().line() + "\n").encode())  # of print's buffers nobody knows the state here
             os._exit(TEMPORARY)
-        self.received = number
-        self._module.stop_due = True
 
     def restore(self) -> None:
         for number, handler in self._old.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import pytorch_lightning as pl
@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ldm.checkpoints.store import Checkpoint
+from ldm.errors import LdmError
 from ldm.model import load_weights
 from ldm.random import Draws, run_key, seed_modules
-from ldm.training.ema import EMA
-from ldm.training.step import OptimizerStep, Outcome, Player, Scaler, per_device
+from ldm.training.ema import EMA, Profile
+from ldm.training.nonfinite import NO_MEMORY, NOT_FOUND, in_words, origin_of_step
+from ldm.training.step import MAX_CONSECUTIVE_SKIPS, OptimizerStep, Outcome, Player, Scaler, per_device
 from ldm.types import Batch
 
 
@@ -29,7 +31,7 @@ class StageSettings:
     batch_size: int
     optimizer: Callable[..., torch.optim.Optimizer]
     lr_schedule: Callable[[int], float]
-    ema_half_life_images: float | None
+    ema: tuple[Profile, ...] = ()
     accumulate: int = 1
     grad_clip: float | None = 1.0
     precision: str = "32"
@@ -39,7 +41,8 @@ class StageSettings:
 class StageModule(pl.LightningModule):
     """Batch -> loss -> one optimizer step. A subclass names what is trained and computes the loss.
 
-    Callbacks read `outcome` (None unless a step was just finished), `logs` and `step`.
+    Callbacks read `outcome` (None unless a step was just finished), `logs`, `not_finite` (of a skipped step: `_blame`)
+    and `step`.
     """
 
     stage: str
@@ -54,7 +57,7 @@ class StageModule(pl.LightningModule):
         self.logs: dict[str, float] = {}
         self.save_due = self.stop_due = False
         self.failed_saves = 0.0
-        self.not_finite: list[dict[str, Any]] = []
+        self.not_finite: dict[str, Any] = {}
         self._tallies = [0, 0]
         self._micro_logs: list[Mapping[str, Tensor]] = []
         self._suspects: list[tuple[Batch, Tensor]] = []
@@ -69,6 +72,10 @@ class StageModule(pl.LightningModule):
     def loss(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:
         """[B] each; "loss" is minimised, the rest is logged."""
         raise NotImplementedError
+
+    def observed(self) -> nn.Module:
+        """All that computes the loss, with what is frozen."""
+        return self
 
     def further_parameters(self) -> dict[str, nn.Parameter]:
         """What is trained along but is no part of the model: neither averaged nor saved with it."""
@@ -135,9 +142,10 @@ class StageModule(pl.LightningModule):
         """Called by Lightning once the module is on its device. The optimizer is ours alone."""
         s = self.settings
         averaged = {n: p for n, p in self.trained().named_parameters() if p.requires_grad}
-        ema = None
-        if s.ema_half_life_images is not None:
-            ema = EMA(averaged, half_life_images=s.ema_half_life_images, batch_size=s.batch_size)
+        if not averaged:
+            what = "nothing is trained: every parameter of the model is frozen"
+            raise LdmError("CONFIG", what, where=f"stage {self.stage}", next="leave requires_grad of some of them on")
+        ema = EMA(averaged, s.ema[0], s.ema[1:]) if s.ema else None
         self.step = OptimizerStep(
             {**averaged, **self.further_parameters()},
             optimizer=s.optimizer,
@@ -181,21 +189,39 @@ class StageModule(pl.LightningModule):
             self.logs["loss"] = self.outcome.loss  # of all ranks
             if self.outcome.discriminator_grad_norm is not None:
                 self.logs["discriminator_grad_norm"] = self.outcome.discriminator_grad_norm
-            self.not_finite = [] if self.outcome.applied else self._blame()
+            self.not_finite = {} if self.outcome.applied else self._blame()
             self._micro_logs, self._suspects = [], []
             if self.outcome.applied:
                 self.step_ended()
             if self.outcome.stop or self.step.train_step >= self.settings.max_steps:
                 self.trainer.should_stop = True
 
-    def _blame(self) -> list[dict[str, Any]]:
-        """The samples of a skipped step, of all ranks; every rank takes part, for all have skipped."""
+    def _blame(self) -> dict[str, Any]:
+        """Where a skipped step ceased to be finite, and its samples, of all ranks; every rank takes part, for all have
+        skipped. Empty if only float16 cannot hold it, which is the loss scale's affair.
+        """
+        assert self.outcome is not None
+        scaler = self.step.scaler
+        if scaler is not None and scaler.overflows_in_a_row > MAX_CONSECUTIVE_SKIPS:
+            return {}
+        origin = origin_of_step(self, [batch for batch, _ in self._suspects])
         mine = [
             {"key": key, "slot": slot, "loss": value}
             for batch, losses in self._suspects
             for key, slot, value in zip(batch.keys, batch.slots.tolist(), losses.tolist(), strict=True)
         ]
-        return [row for rows in gathered(mine) for row in rows]
+        origins, samples = zip(*gathered((origin, mine)), strict=True)
+        rank = next((rank for rank, each in enumerate(origins) if each.module is not None), None)
+        if rank is None and scaler is not None:
+            return {}
+        found = origins[rank] if rank is not None else NO_MEMORY if NO_MEMORY in origins else NOT_FOUND
+        row = {**asdict(found), "rank": rank, "samples": [each for rows in samples for each in rows]}
+        failure = self.outcome.failure if scaler is None else self.step.count_skip()
+        if failure is not None:
+            words = {"where": in_words(row), "limit": failure.limit, "next": failure.next}
+            failure = LdmError(failure.code, failure.what, **words, exit_code=failure.exit_code)
+            self.outcome = replace(self.outcome, failure=failure)
+        return row
 
     # the state
 
@@ -214,8 +240,13 @@ class StageModule(pl.LightningModule):
             for group, settings in zip(player.optimizer.param_groups, fresh, strict=True):
                 group.update(settings)  # the settings are those of the configuration, which drift has checked
         self.step.load_state(checkpoint.document("state"))
-        if self.step.ema is not None:
-            self.step.ema.load(checkpoint.tensors("ema"))
+        if (ema := self.step.ema) is not None:
+            for name in ema.files():
+                if f"{name}.safetensors" not in checkpoint.manifest["files"]:
+                    what = f"the checkpoint holds no average {name}: one that began now would weigh other steps"
+                    hint = "leave it out of the settings, or begin a new run: name=NAME init_from=RUN"
+                    raise LdmError("CKPT-CONTENT", what, where=str(checkpoint.path), next=hint)
+                ema.load(name, checkpoint.tensors(name))
         self._resume = None
 
     def players(self) -> dict[str, Player]:
@@ -234,7 +265,7 @@ class StageModule(pl.LightningModule):
         """What the checkpoint's safetensors files hold."""
         groups = {"model": self.trained().state_dict()}
         if self.step.ema is not None:
-            groups["ema"] = dict(self.step.ema.averages)
+            groups |= self.step.ema.files()
         return groups
 
 

@@ -35,8 +35,10 @@ class Scaler:
     good_steps: int = 0
     growth_interval: int = 2000
     overflows: int = 0
+    overflows_in_a_row: int = 0
 
     def update(self, finite: bool) -> None:
+        self.overflows_in_a_row = 0 if finite else self.overflows_in_a_row + 1
         if finite:
             self.good_steps += 1
             if self.good_steps % self.growth_interval == 0:
@@ -228,34 +230,37 @@ class OptimizerStep:
 
     def _account(self, finite: bool) -> LdmError | None:
         """Skipped steps are counted; too many of them end the run."""
-        counters = self.counters
-        if self.scaler:
-            self.scaler.update(finite)
-            if self.scaler.scale < MIN_SCALE:
-                return LdmError(
-                    "LOSS-SCALE",
-                    "the float16 loss scale collapsed",
-                    limit=f"scale {self.scaler.scale:g}, at least {MIN_SCALE:g}",
-                    next="train with precision bf16-mixed or 32, or lower the learning rate",
-                    exit_code=NON_FINITE,
-                )
-            return None
         if finite:
-            counters.consecutive_skips = 0
+            self.counters.consecutive_skips = 0
+        if not self.scaler:
+            return None if finite else self.count_skip()
+        self.scaler.update(finite)
+        if self.scaler.scale >= MIN_SCALE:
             return None
-        step = counters.train_step
+        return LdmError(
+            "LOSS-SCALE",
+            "the float16 loss scale collapsed",
+            limit=f"scale {self.scaler.scale:g}, at least {MIN_SCALE:g}",
+            next="train with precision bf16-mixed or 32, or lower the learning rate",
+            exit_code=NON_FINITE,
+        )
+
+    def count_skip(self) -> LdmError | None:
+        """For the step that just ended: it was skipped, and not because float16 is short of range."""
+        counters, step = self.counters, self.counters.train_step
         counters.consecutive_skips += 1
         counters.recent_skips = [s for s in counters.recent_skips if s > step - SKIP_WINDOW] + [step]
+        row, recent = counters.consecutive_skips, len(counters.recent_skips)
         allowed = max(MAX_CONSECUTIVE_SKIPS, int(MAX_SKIP_FRACTION * SKIP_WINDOW))
-        if counters.consecutive_skips >= MAX_CONSECUTIVE_SKIPS or len(counters.recent_skips) > allowed:
-            return LdmError(
-                "NON-FINITE",
-                f"loss or gradients are not finite at step {step}",
-                limit=f"{counters.consecutive_skips} in a row, {len(counters.recent_skips)} of the last {SKIP_WINDOW}",
-                next="see nonfinite.jsonl for the samples; lower the learning rate or train with precision 32",
-                exit_code=NON_FINITE,
-            )
-        return None
+        if row < MAX_CONSECUTIVE_SKIPS and recent <= allowed:
+            return None
+        return LdmError(
+            "NON-FINITE",
+            f"loss or gradients are not finite at step {step}",
+            limit=f"{row} in a row, {recent} of the last {SKIP_WINDOW}; the last good step is {step - row}",
+            next="see nonfinite.jsonl for the samples; lower the learning rate or train with precision 32",
+            exit_code=NON_FINITE,
+        )
 
     def state(self) -> dict[str, Any]:
         """Everything but weights, averages and optimizer tensors, as JSON."""

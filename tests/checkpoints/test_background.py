@@ -1,6 +1,8 @@
 """Training goes on while a checkpoint is written, and what is written is what was there when it was asked for."""
 
+import gc
 import threading
+import weakref
 
 import pytest
 import torch
@@ -60,6 +62,28 @@ def test_without_the_copy_another_state_would_be_written(disk, monkeypatch):
     writer.join()
     with pytest.raises(AssertionError):
         loads_as(disk.load(4), 4)
+
+
+def test_the_copy_is_gone_when_it_is_written(disk, monkeypatch):
+    """Without waiting for the collector of cycles: else a second copy would lie beside the next."""
+    taken = []
+
+    def watched(tree, *rest):
+        copy = copied(tree, *rest)
+        if not rest:
+            taken.append(weakref.ref(copy["tensors"]["model"]["weight"]))
+        return copy
+
+    monkeypatch.setattr("ldm.checkpoints.background.copied", watched)
+    disk.let.set()
+    gc.disable()
+    try:
+        writer = Writer(disk, background=True)
+        writer.save(1, **state(1))
+        writer.join()
+        assert taken[0]() is None
+    finally:
+        gc.enable()
 
 
 def test_one_at_a_time(disk):

@@ -4,6 +4,7 @@ import inspect
 import os
 import signal
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -191,3 +192,13 @@ def test_real_data(tmp_path, name, train, val):
     assert (dm.num_train, dm.num_val) == (train, val)
     batch = next(iter(dm.train_dataloader()))
     assert all(batch.captions) and batch.valid.all() and batch.images.abs().max() <= 1
+
+
+def test_pictures_that_do_not_fit_into_shared_memory_are_announced(tmp_path, monkeypatch, caplog):
+    dm = configured(write_shards(tmp_path, [8]), num_workers=2)
+    needed = 2 * 2 * len(dm._run["plan"].slots(0)) * 3 * dm.transform.square[0] * dm.transform.square[1]
+    for free, warned in ((needed, False), (needed - 1, True)):
+        usage = SimpleNamespace(free=free)
+        monkeypatch.setattr("ldm.data.loader.shutil.disk_usage", lambda _, usage=usage: usage)
+        dm.train_dataloader()
+        assert ("shared memory" in caplog.text) == warned

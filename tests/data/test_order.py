@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from ldm.data.order import Order, check_cut, cut, lanes_default, permutation, samples_per_epoch
+from ldm.data.order import Order, check_cut, lanes_default, permutation, piece, samples_per_epoch
 from ldm.errors import LdmError
 
 SHARDS = {1: [23], 2: [10, 13], 3: [5, 0, 18], 5: [1, 2, 3, 4, 13], 7: [4, 4, 4, 4, 4, 2, 1]}
@@ -59,7 +59,9 @@ def test_a_batch_larger_than_the_dataset():
 def test_any_cut_gives_the_same_global_batch(world_size, accumulate):
     o = order(SHARDS[7], batch_size=12, lanes=2)
     pieces = [
-        cut(o.ids(3), rank, world_size, accumulate, micro) for rank in range(world_size) for micro in range(accumulate)
+        o.ids(3, piece(12, rank, world_size, accumulate, micro))
+        for rank in range(world_size)
+        for micro in range(accumulate)
     ]
     assert np.concatenate(pieces).tolist() == o.ids(3).tolist()
 

@@ -75,6 +75,7 @@ def test_a_spoilt_pixel_costs_one_step_and_a_blank_picture_is_named(shards, tmp_
     assert all("train/logits_real" in row for row in found)
     skipped = rows(folder / "nonfinite.jsonl")
     assert [(row["train/step"], len(row["samples"])) for row in skipped] == [(3, 8), (5, 8)]
+    assert [(row["module"], row["where"], row["rank"]) for row in skipped] == [("batch.images", "input", 0)] * 2
     (alarm,) = rows(folder / "alarms.jsonl")
     assert (alarm["train/step"], alarm["alarm"], len(alarm["pictures"])) == (2, "constant_images", 1)
     assert [c.step for c in checkpoints(tmp_path / "tiny")] == [3, 6]  # 3 was skipped: the weights of step 2
@@ -97,7 +98,8 @@ def test_nothing_but_spoilt_pictures_ends_the_run(shards, tmp_path, spoil):
             images[step % 8] = torch.nan
 
     spoil(change)
-    with pytest.raises(LdmError, match=r"error\[NON-FINITE\]: .* at step 7") as raised:
+    said = r"error\[NON-FINITE\]: .* at step 7; first in batch.images \(input\), pictures .*; the last good step is 2;"
+    with pytest.raises(LdmError, match=said) as raised:
         train(config(shards, tmp_path, "stages=[autoencoder]", save_every=2))
     assert raised.value.exit_code == NON_FINITE
     for row in rows(tmp_path / "tiny" / "autoencoder" / "nonfinite.jsonl"):

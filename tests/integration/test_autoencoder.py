@@ -11,8 +11,6 @@ from ldm.reconstruction.measures import psnr
 from ldm.training.fit import train
 from tests.integration.tiny import GAN, config, metrics
 
-CONSTANT = "lr_schedule@stage.autoencoder.lr_schedule=constant"
-
 
 @pytest.mark.slow
 def test_one_batch_is_learnt_to_35_db(shards, tmp_path):

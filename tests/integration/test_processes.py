@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from ldm.checkpoints.store import Store
-from ldm.training.launch import _free_port as free_port
+from ldm.training.launch import free_port
 from tests.integration.tiny import GAN, ROOT, command, first_difference, history, metrics, overrides, start
 
 pytestmark = pytest.mark.slow

@@ -131,6 +131,9 @@ def test_resume_modes(finished, shards, tmp_path):
     shutil.copytree(finished, tmp_path / "b" / "tiny")
     with pytest.raises(LdmError, match="exists already"):
         train(config(shards, tmp_path / "b", "resume.mode=never"))
+    with pytest.raises(LdmError, match="CKPT-MISSING") as missing:
+        train(config(shards, tmp_path / "b", "resume.step=5", "stages=[autoencoder]"))
+    assert missing.value.exit_code == 2
     with pytest.raises(LdmError, match="older than the newest"):
         train(config(shards, tmp_path / "b", "resume.step=4", "stages=[autoencoder]"))
     train(config(shards, tmp_path / "b", "resume.step=4", "resume.truncate=true", "stages=[autoencoder]"))

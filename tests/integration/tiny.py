@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,28 @@ def command(words: list[str], script: str = "train.py", timeout: float = 240, **
 def metrics(run: Path, stage: str) -> list[dict[str, Any]]:
     path = run / stage / "metrics.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def reach(process: subprocess.Popen[str], run: Path, stage: str, step: int, timeout: float = 150) -> None:
+    """Waits until a running command has written so many steps."""
+    deadline = time.monotonic() + timeout
+    while len(metrics(run, stage)) < step:
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline, "the run never got there"
+        time.sleep(0.005)
+
+
+def children(pid: int, holding: str = "") -> list[int]:
+    """The processes that a process has started, oldest first. holding: a word of their command line."""
+    found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [int(child) for child in found if holding.encode() in Path(f"/proc/{child}/cmdline").read_bytes()]
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def history(run: Path, stage: str) -> list[dict[str, Any]]:

@@ -9,14 +9,8 @@ import pytest
 import torch
 
 from ldm.errors import NON_FINITE, LdmError
-from ldm.training.callbacks.alarms import (
-    GATHER_EVERY,
-    LEAST,
-    WINDOW,
-    Alarms,
-    Episode,
-    constant_images,
-)
+from ldm.training.callbacks.alarms import LEAST, WINDOW, Alarms, Episode
+from ldm.training.callbacks.autoencoder_alarms import GATHER_EVERY, AutoencoderAlarms, constant_images
 
 HEALTHY = {"loss": 0.1, "pixel": 0.1, "kl": 12.0, "discriminator": 0.9, "logits_real": 0.2, "logits_fake": 0.1}
 
@@ -34,7 +28,7 @@ class Training:
     def __init__(self, folder, policy="warn", world_size=1, rank=0):
         self.file = folder / "alarms.jsonl"
         self.validation = SimpleNamespace(results=None)
-        self.alarms = Alarms(self.file, self.validation, policy)
+        self.alarms = AutoencoderAlarms(self.file, self.validation, policy)
         self.trainer = SimpleNamespace(world_size=world_size, is_global_zero=rank == 0)
         self.module = SimpleNamespace(
             step=SimpleNamespace(train_step=0),
@@ -79,7 +73,7 @@ def test_an_alarm_is_one_line_and_one_record(tmp_path, caplog):
     (record,) = caplog.records
     assert record.getMessage() == (
         "alarm: loss_spike: the pixel distance is 0.31, usually 0.1; step 51, pictures x, y; at most 3 times the "
-        "median of the last 200 steps; look at these pictures; a lower learning rate or grad_clip"
+        "median of the last 200 steps, here 0.3; look at these pictures; a lower learning rate or grad_clip"
     )
     (row,) = (json.loads(line) for line in training.file.read_text().splitlines())
     assert row["train/step"] == 51 and row["alarm"] == "loss_spike" and row["value"] == 0.31
@@ -157,7 +151,7 @@ def test_pictures_of_a_single_colour_are_named(tmp_path):
 
 
 def test_ranks_are_asked_now_and_then(tmp_path, monkeypatch):
-    monkeypatch.setattr("ldm.training.callbacks.alarms.gathered", lambda mine: [mine, ["of another rank"]])
+    monkeypatch.setattr("ldm.training.callbacks.autoencoder_alarms.gathered", lambda mine: [mine, ["of another rank"]])
     training = Training(tmp_path, world_size=2)
     other = Training(tmp_path / "other", world_size=2, rank=1)
     training.step(pictures("a", "b", constant=["a"]))
@@ -172,7 +166,7 @@ def test_ranks_are_asked_now_and_then(tmp_path, monkeypatch):
 
 
 def test_ranks_are_asked_at_the_last_step_and_again_after_a_while(tmp_path, monkeypatch):
-    monkeypatch.setattr("ldm.training.callbacks.alarms.gathered", lambda mine: [mine])
+    monkeypatch.setattr("ldm.training.callbacks.autoencoder_alarms.gathered", lambda mine: [mine])
     training = Training(tmp_path, world_size=2)
     training.module.settings.max_steps = 4 * GATHER_EVERY + 1
     for _ in range(4 * GATHER_EVERY + 1):
@@ -208,6 +202,56 @@ def test_raise_ends_the_training(tmp_path):
     with pytest.raises(LdmError, match=r"error\[ALARM\]: kl_explosion: .*; step 1, pictures a, b; ") as raised:
         training.step(kl=1e5)
     assert raised.value.exit_code == NON_FINITE and training.heard() == [("kl_explosion", 1)]
+
+
+class Diffusion(Training):
+    """Of any stage; its metrics are written as a run's are."""
+
+    def __init__(self, folder, policy="warn"):
+        super().__init__(folder)
+        self.metrics = folder / "metrics.jsonl"
+        self.alarms = Alarms(self.file, policy, self.metrics)
+
+    def train(self, losses):
+        for loss in losses:
+            self.step(logs={"loss": loss})
+            row = {"train/step": self.module.step.train_step, "train/loss": loss, "train/applied": 1}
+            with open(self.metrics, "a") as file:
+                file.write(json.dumps(row) + "\n")
+
+
+def test_losses_of_random_noise_levels_are_no_spikes(tmp_path):
+    """A noise prediction with a batch of one: its loss is exp(-5.8 t), for any t from 0 to 1."""
+    times = torch.rand(3 * WINDOW, generator=torch.manual_seed(0)).tolist()
+    losses = [math.exp(-5.8 * t) for t in times]
+    assert sum(loss > 3 * 0.055 for loss in losses) > WINDOW / 2  # the control: three times the median is usual
+    training = Diffusion(tmp_path)
+    training.train(losses)
+    assert training.heard() == []
+    steady = Diffusion(tmp_path / "b")
+    steady.file.parent.mkdir()
+    steady.train([0.1 + 0.01 * t for t in times] + [0.4])
+    assert steady.heard() == [("loss_spike", 3 * WINDOW + 1)]
+    assert json.loads(steady.file.read_text())["pictures"] == ["a", "b"]
+
+
+def test_a_resumed_training_hears_what_an_unbroken_one_does(tmp_path):
+    """Cut in the middle of an episode, and again where a window is needed that reaches back over the cut."""
+    losses = ([0.1] * 299 + [1.0]) * 2 + [0.1] * 150 + [1.0] * 3 + [0.1] * 260 + [1.0]
+
+    def run(folder, *cuts, recall=True):
+        (tmp_path / folder).mkdir()
+        training = Diffusion(tmp_path / folder)
+        for begin, end in zip((0, *cuts), (*cuts, len(losses)), strict=True):
+            training.alarms = Alarms(training.file, metrics=training.metrics if recall else None)
+            training.alarms.on_train_start(training.trainer, training.module)
+            training.train(losses[begin:end])
+        return training.heard()
+
+    whole = run("whole")
+    assert [step for _, step in whole] == [300, 600, len(losses)]
+    assert run("cut", 299, 601, 752, 1000) == whole
+    assert run("forgetful", 299, 601, 752, 1000, recall=False) != whole  # the control
 
 
 def test_an_episode_begins_once():

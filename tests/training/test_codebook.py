@@ -9,7 +9,7 @@ import torch
 
 from ldm.random import run_key
 from ldm.training.codebook import WEIGHT, tend_codebook
-from ldm.training.ema import EMA
+from ldm.training.ema import EMA, HalfLife, PowerFunction
 from ldm.training.step import OptimizerStep
 from tests.integration.tiny import ROOT
 from tests.models.test_autoencoder_vq import seeded, toy
@@ -21,7 +21,7 @@ def step_of(model, batch_size=4):
         parameters,
         optimizer=partial(torch.optim.AdamW, lr=1e-3),
         lr_schedule=lambda updates: 1.0,
-        ema=EMA(parameters, half_life_images=20, batch_size=batch_size),
+        ema=EMA(parameters, HalfLife(20, batch_size), [PowerFunction(0.1)]),
         batch_size=batch_size,
     )
 
@@ -52,6 +52,7 @@ def test_revived_codes_begin_anew():
     model.quantize.uses.zero_()  # what was chosen until now may die too: it has moments
     (count,) = train(model, step, 3, 3)
     revived = (weight == average).all(1)
+    assert (weight == step.ema.further["ema_length_0-1"][WEIGHT])[revived].all()
     assert count == revived.sum() > 0 and not model.quantize.uses.any()
     assert (learnt & revived).any() and not revived.all()
     for name in ("exp_avg", "exp_avg_sq"):
@@ -90,7 +91,8 @@ def test_stopping_between_revivals_changes_nothing():
     again = step_of(second)
     second.load_state_dict(first.state_dict())  # the counts are in it
     again.optimizer.load_state_dict(step.optimizer.state_dict())
-    again.ema.load(step.ema.averages)
+    for file, averages in step.ema.files().items():
+        again.ema.load(file, averages)
     again.load_state(step.state())
     forgetful = toy(revive_every=4, codebook_size=64)
     without = step_of(forgetful)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ldm.errors import LdmError
-from ldm.training.ema import EMA
+from ldm.training.ema import EMA, HalfLife
 from ldm.training.lr_schedule import Constant, Cosine, WarmupStableDecay
 from ldm.training.step import MAX_CONSECUTIVE_SKIPS, OptimizerStep, Scaler, per_device
 
@@ -20,7 +20,7 @@ def make(accumulate=1, grad_clip=None, scaler=None, lr=0.1, ema=False, schedule=
         parameters,
         optimizer=lambda ps: torch.optim.SGD(ps, lr=lr),
         lr_schedule=schedule or Constant(),
-        ema=EMA(parameters, half_life_images=100, batch_size=4, warmup=False) if ema else None,
+        ema=EMA(parameters, HalfLife(100, batch_size=4, warmup=False)) if ema else None,
         batch_size=4,
         accumulate=accumulate,
         grad_clip=grad_clip,
@@ -125,14 +125,15 @@ def test_a_collapsing_loss_scale_ends_the_run():
 
 def test_average_is_the_weighted_sum_of_all_weights():
     parameters = {"w": nn.Parameter(torch.zeros(2))}
-    ema = EMA(parameters, half_life_images=30, batch_size=10, warmup=False)
-    assert abs(ema.decay**3 - 0.5) < 1e-12  # three steps of ten images: a half
+    ema = EMA(parameters, HalfLife(30, batch_size=10, warmup=False))
+    decay = ema.main.decay
+    assert abs(decay**3 - 0.5) < 1e-12  # three steps of ten images: a half
     values = torch.randn(6, 2, generator=torch.manual_seed(0))
     expected = torch.zeros(2)
     for update, value in enumerate(values):
         parameters["w"].data.copy_(value)
         ema.update(update)
-        expected = ema.decay * expected + (1 - ema.decay) * value
+        expected = decay * expected + (1 - decay) * value
     torch.testing.assert_close(ema.averages["w"], expected)
 
 
@@ -141,8 +142,8 @@ def test_average_equals_lightnings():
     from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
     model = nn.Linear(3, 2)
-    ours = EMA(dict(model.named_parameters()), half_life_images=100, batch_size=10, warmup=False)
-    theirs = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ours.decay))
+    ours = EMA(dict(model.named_parameters()), HalfLife(100, batch_size=10, warmup=False))
+    theirs = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ours.main.decay))
     theirs.update_parameters(model)  # its first call copies
     for update in range(5):
         with torch.no_grad():
@@ -155,7 +156,7 @@ def test_average_equals_lightnings():
 def test_raw_weights_are_back_after_the_average_stood_in():
     model = nn.Linear(3, 2)
     raw = model.weight.detach().clone()
-    ema = EMA(dict(model.named_parameters()), half_life_images=10, batch_size=10)
+    ema = EMA(dict(model.named_parameters()), HalfLife(10, batch_size=10))
     ema.averages["weight"].fill_(7.0)
     with pytest.raises(RuntimeError, match="in the middle"), ema.applied():
         assert (model.weight == 7.0).all()

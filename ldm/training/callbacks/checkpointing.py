@@ -16,6 +16,7 @@ from ldm import __version__
 from ldm.checkpoints.background import DEADLINE_S, Result, Writer
 from ldm.checkpoints.store import Store
 from ldm.errors import LdmError
+from ldm.training.agreement import check_ranks
 from ldm.training.callbacks.validation import Validation
 from ldm.training.stage_module import StageModule, gathered
 
@@ -85,6 +86,7 @@ class Checkpointing(pl.Callback):
 
     def save(self, trainer: pl.Trainer, module: StageModule, *, wait: bool, finished: bool = False) -> None:
         """wait: nobody goes on before the commit, and if it fails, nobody goes on."""
+        check_ranks(module)
         ledger = trainer.datamodule.ledger  # type: ignore[attr-defined]
         self.bad_samples = ledger.merged(gathered(ledger.state_dict(module.step.samples_seen)))
         if trainer.is_global_zero:

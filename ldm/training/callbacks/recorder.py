@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import resource
 import sys
 import time
@@ -18,7 +19,10 @@ from ldm.checkpoints.run import StagePaths, point_latest, write_config
 from ldm.training.callbacks.monitor import Monitor
 from ldm.training.callbacks.samples import Samples
 from ldm.training.callbacks.validation import Validation
+from ldm.training.nonfinite import in_words
 from ldm.training.stage_module import StageModule
+
+log = logging.getLogger(__name__)
 
 
 class Begin(pl.Callback):
@@ -90,9 +94,10 @@ class Recorder(pl.Callback):
             self._waited = self._worked = 0.0
             if trainer.is_global_zero:
                 append_jsonl(self.paths.metrics, self.record)
-                if module.not_finite and module.step.scaler is None:
-                    row = {"train/step": module.step.train_step, "samples": module.not_finite}
-                    append_jsonl(self.paths.nonfinite, row)
+                if module.not_finite:
+                    append_jsonl(self.paths.nonfinite, {"train/step": module.step.train_step, **module.not_finite})
+                    step, words = module.step.train_step, in_words(module.not_finite)
+                    log.warning("step %d was skipped, for it is not finite; %s", step, words)
                 if self.monitor is not None:
                     self.monitor.log(self.record, self.samples.latest)
             if outcome.failure is not None:

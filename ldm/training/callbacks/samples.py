@@ -21,12 +21,16 @@ log = logging.getLogger(__name__)
 DIFFERENCE_GAIN = 4
 
 
+class _Stopping(Exception):
+    """A stop signal came while pictures were drawn."""
+
+
 class Samples(pl.Callback):
     """Writes `samples/step-<step>.png` every `every` steps and at the last one; leaves its path in `latest`.
 
     From the averaged weights: the autoencoder shows the first held-out pictures, their reconstructions and the
     differences; the denoiser draws `prompts` and `columns` (see `one_for_each`) with the seeds 0, 1, 2, ... A model
-    without text has empty prompts.
+    without text has empty prompts. A stop signal ends the drawing; that picture is left out.
     """
 
     def __init__(
@@ -71,7 +75,17 @@ class Samples(pl.Callback):
         if not self.prompts or self.sampling is None:
             return None
         seeds = list(range(len(self.prompts)))
-        pictures = text_to_image(module.model, self.prompts, seeds, self.sampling, columns=self.columns)
+
+        def look(step: int, x: torch.Tensor, x0: torch.Tensor) -> None:
+            if module.stop_due:
+                raise _Stopping
+
+        try:
+            pictures = text_to_image(
+                module.model, self.prompts, seeds, self.sampling, columns=self.columns, on_step=look
+            )
+        except _Stopping:
+            return None
         return captioned_grid(to_uint8(pictures), subtitles(self.prompts, self.columns))
 
 

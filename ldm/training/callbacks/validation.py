@@ -14,7 +14,8 @@ from ldm.training.stage_module import StageModule
 class Validation(pl.Callback):
     """Every `every` steps and at the last one.
 
-    Leaves `results`: means over the valid samples of all ranks, and what the module says of the set as a whole.
+    Leaves `results`: means over the valid samples of all ranks, and what the module says of the set as a whole. None
+    too where a stop signal on any rank has cut it short: nobody waits for a whole set to be gone through.
     """
 
     def __init__(self, every: int | None) -> None:
@@ -26,7 +27,7 @@ class Validation(pl.Callback):
         if module.due(self.every) and trainer.datamodule.num_val:  # type: ignore[attr-defined]
             self.results = self.run(trainer, module)
 
-    def run(self, trainer: pl.Trainer, module: StageModule) -> dict[str, float]:
+    def run(self, trainer: pl.Trainer, module: StageModule) -> dict[str, float] | None:
         sums: dict[str, torch.Tensor] = {}  # by name: total and number of samples that have it, in float64
         with module.averaged(), trainer.precision_plugin.forward_context():
             for batch in trainer.datamodule.val_dataloader(module.evaluation_batch):  # type: ignore[attr-defined]
@@ -34,9 +35,20 @@ class Validation(pl.Callback):
                 for name, values in module.validation_terms(batch).items():
                     own = torch.stack([torch.where(batch.valid, values.double(), 0).sum(), batch.valid.sum()])
                     sums[name] = sums[name] + own if name in sums else own
+                if _any_rank(module.stop_due, module.device):
+                    return None
             summary = module.validation_summary()
         table = torch.stack([*sums.values()])
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(table)
         means = (total / count if count else math.nan for total, count in table.tolist())
         return dict(zip(sums, means, strict=True)) | summary
+
+
+def _any_rank(flag: bool, device: torch.device) -> bool:
+    """Every rank takes part: all have equally many batches."""
+    if not dist.is_available() or not dist.is_initialized():
+        return flag
+    control = torch.tensor(float(flag), device=device)
+    dist.all_reduce(control, op=dist.ReduceOp.MAX)
+    return bool(control)
