@@ -8,13 +8,13 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ldm.checkpoints.store import SaveFailed, Store
-from ldm.errors import TEMPORARY, LdmError
+from ldm.errors import TEMPORARY, LdmError, classified
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-DEADLINE_S = 600.0
-"""A commit that takes longer than this is given up: the disk does not answer."""
+DEADLINE_S = 300.0
+"""A commit that takes longer than this is given up: the disk does not answer. Other ranks wait 600 s for this one."""
 
 
 class Result(NamedTuple):
@@ -24,7 +24,7 @@ class Result(NamedTuple):
     """
 
     failed: float = 0
-    error: BaseException | None = None
+    error: LdmError | None = None
 
 
 class Writer:
@@ -58,7 +58,8 @@ class Writer:
         if self._thread is None:
             return
         self._thread.join(deadline_s)
-        if self._thread.is_alive():
+        given_up, self._thread = self._thread.is_alive(), None
+        if given_up:
             raise LdmError(
                 "DISK",
                 "a checkpoint is still being written",
@@ -67,20 +68,28 @@ class Writer:
                 next="see whether the disk answers and rerun the same command: it continues from the one before",
                 exit_code=TEMPORARY,
             )
-        self._thread = None
 
     def _commit(self, step: int, state: dict[str, Any]) -> None:
         try:
             self.store.save(step, **state)
         except SaveFailed as error:
-            self.result = Result(self.result.failed + 1, error)
+            self.result = Result(self.result.failed + 1, _without_frames(error))
         except LdmError as error:
-            self.result = Result(math.inf, error)
+            self.result = Result(math.inf, _without_frames(error))
         except BaseException as error:
-            self.result = Result(math.inf, error)
+            self.result = Result(math.inf, classified(error))
             raise
         else:
-            self.result = Result()
+            self.result = Result() if self.result.failed < math.inf else self.result
+
+
+def _without_frames(error: LdmError) -> LdmError:
+    """The frames hold the state that could not be written."""
+    each: BaseException | None = error
+    while each is not None:
+        each.__traceback__ = None
+        each = each.__cause__ or each.__context__
+    return error
 
 
 def copied(tree: Any, copies: dict[tuple, Tensor] | None = None) -> Any:
@@ -92,7 +101,7 @@ def copied(tree: Any, copies: dict[tuple, Tensor] | None = None) -> Any:
     copies = {} if copies is None else copies  # no closure that calls itself: it would keep them all until collected
     if isinstance(tree, torch.Tensor):
         tensor = tree.detach()
-        if (key := memory_of(tensor)) not in copies:
+        if (key := memory_of(tree)) not in copies:
             copies[key] = tensor.clone() if tensor.device.type == "cpu" else tensor.cpu()
         return copies[key]
     if isinstance(tree, Mapping):

@@ -179,6 +179,8 @@ class _Watch:
                 if worker.process.pid is not None:
                     worker.process.kill()
                     worker.process.join()
+        if verdict is not None:
+            verdict.recorded = True  # errors/ has what the ranks said, which is more
         return verdict
 
     def _overdue(self) -> LdmError | None:

@@ -62,6 +62,8 @@ def origin_of_step(module: StageModule, batches: Sequence[Batch]) -> Origin:
                     return found
         except torch.OutOfMemoryError:
             return NO_MEMORY
+        except RuntimeError as error:  # what computes in half precision only, or has no memory on the CPU
+            return Origin(None, f"unknown: in float32 it does not run ({type(error).__name__})")
         finally:
             step.counters, step.micro = now, 0
     return NOT_FOUND

@@ -155,17 +155,20 @@ def run_stage(cfg: Config, trusted: tuple[str, ...], stage: str, folder: Path, p
     trainer = make_trainer(cfg["trainer"], precision, callbacks, folder, place)
     well = False
     try:
-        trainer.fit(module, datamodule=data)
-        well = stop.received is None
-    except SIGTERMException as error:  # Lightning's own handler, between its registration and ours
-        raise not_saved(signal.SIGTERM) from error
+        try:
+            trainer.fit(module, datamodule=data)
+            well = stop.received is None
+        except SIGTERMException as error:  # Lightning's own handler, between its registration and ours
+            raise not_saved(signal.SIGTERM) from error
+        finally:
+            if monitor is not None:
+                monitor.close(timeout_s=30.0 if well else 5.0)
+        if place.rank == 0:
+            _summarise(stage, data, checkpointing.bad_samples["counts"], recorder.captions_cut, paths)
+        number = part(stop.received)
     finally:
-        if monitor is not None:
-            monitor.close(timeout_s=30.0 if well else 5.0)
         stop.restore()
-    if place.rank == 0:
-        _summarise(stage, data, checkpointing.bad_samples["counts"], recorder.captions_cut, paths)
-    if (number := part(stop.received)) is not None:
+    if number is not None:
         raise Stopped(number, module.step.train_step)
 
 

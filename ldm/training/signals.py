@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -59,12 +59,17 @@ def left_at_once() -> LdmError:
 
 @contextmanager
 def handling(handler: Callable[[int, FrameType | None], None] | signal.Handlers) -> Iterator[None]:
-    """`handler` for the three stop signals, the old ones afterwards."""
+    """`handler` for the three stop signals, the old ones afterwards; but what came to be ignored remains so."""
     old = {number: signal.signal(number, handler) for number in STOPS}
     try:
         yield
     finally:
-        for number, before in old.items():
+        _put_back(old)
+
+
+def _put_back(old: Mapping[Any, Any]) -> None:
+    for number, before in old.items():
+        if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, before)
 
 
@@ -110,6 +115,5 @@ class StopOnSignal(pl.Callback):
             os._exit(TEMPORARY)
 
     def restore(self) -> None:
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
+        _put_back(self._old)
         self._old = {}

@@ -18,7 +18,7 @@ from ldm.errors import LdmError
 from ldm.model import load_weights
 from ldm.random import Draws, run_key, seed_modules
 from ldm.training.ema import EMA, Profile
-from ldm.training.nonfinite import NO_MEMORY, NOT_FOUND, in_words, origin_of_step
+from ldm.training.nonfinite import NOT_FOUND, in_words, origin_of_step
 from ldm.training.step import MAX_CONSECUTIVE_SKIPS, OptimizerStep, Outcome, Player, Scaler, per_device
 from ldm.types import Batch
 
@@ -214,7 +214,7 @@ class StageModule(pl.LightningModule):
         rank = next((rank for rank, each in enumerate(origins) if each.module is not None), None)
         if rank is None and scaler is not None:
             return {}
-        found = origins[rank] if rank is not None else NO_MEMORY if NO_MEMORY in origins else NOT_FOUND
+        found = origins[rank] if rank is not None else next((o for o in origins if o != NOT_FOUND), NOT_FOUND)
         row = {**asdict(found), "rank": rank, "samples": [each for rows in samples for each in rows]}
         failure = self.outcome.failure if scaler is None else self.step.count_skip()
         if failure is not None:

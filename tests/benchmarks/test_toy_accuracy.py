@@ -68,6 +68,7 @@ def test_an_empty_picture_has_no_mark():
     assert read_colours(np.full((64, 64, 3), 250, np.uint8), "left_right") == ("white", ())
 
 
+@pytest.mark.slow
 def test_real_pictures_are_right(judge, real):
     rates = measure(*real, judge)
     assert rates["one"]["ground"] == rates["one"]["mark colour"] == 1.0
@@ -78,6 +79,7 @@ def test_real_pictures_are_right(judge, real):
     assert set(rates["shape of one"]) == set(SHAPES)
 
 
+@pytest.mark.slow
 def test_shuffled_captions_are_near_chance(judge, real):
     """One in ten for a colour or shape, one in three for a layout; four standard errors of room."""
     images, logos = real
@@ -91,6 +93,7 @@ def test_shuffled_captions_are_near_chance(judge, real):
     assert rates["two"]["wholly right"] < 0.03
 
 
+@pytest.mark.slow
 def test_one_wrong_attribute_is_seen_alone(judge):
     """Pictures with marks exchanged: layout and ground stay right, colours and shapes do not."""
     logos, _ = benchmark_logos(0, 60)
@@ -105,6 +108,7 @@ def test_one_wrong_attribute_is_seen_alone(judge):
     assert rates["both colours"] == 0.0 and rates["both shapes"] < 0.1
 
 
+@pytest.mark.slow
 def test_an_unable_judge_is_refused(real):
     torch.manual_seed(0)
     with pytest.raises(LdmError, match=r"98%.*one mark, shape"):
@@ -127,6 +131,7 @@ def test_psnr():
     assert psnr(images, images + 10) == pytest.approx(20 * np.log10(25.5))
 
 
+@pytest.mark.slow
 def test_the_whole_benchmark(judge, monkeypatch, tmp_path, capsys):
     """A painter that knows the shapes but not the second mark's colour, in place of a model."""
     monkeypatch.setattr(toy_accuracy, "require_able", lambda scores: None)

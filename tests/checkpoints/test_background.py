@@ -146,3 +146,21 @@ def test_tied_tensors_stay_tied_and_the_copy_is_no_larger_than_the_state():
     assert torch.equal(copy["b"][1][0], weight.mT) and copy["b"][1][1:] == (1, "x")
     channels_last = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
     assert copied(channels_last).is_contiguous(memory_format=torch.channels_last)
+
+
+def test_the_copy_is_gone_when_it_could_not_be_written(tmp_path, monkeypatch):
+    """An error holds frames, and frames the state: with a full disk there would be two copies."""
+    disk, content = Store(tmp_path / "ckpt"), state(1)
+    disk.claim()
+    held = weakref.ref(content["tensors"]["model"]["weight"])
+    monkeypatch.setattr("ldm.checkpoints.store._HEADROOM", 1e18)
+    writer = Writer(disk)
+    writer.save(1, **content)
+    del content
+    assert writer.result.failed == 1 and held() is None
+
+
+def test_empty_tensors_are_told_apart():
+    tree = {"a": torch.empty(0, 3), "b": torch.empty(0, 5, dtype=torch.int64)}
+    copy = copied(tree)
+    assert copy["a"].shape == (0, 3) and copy["b"].shape == (0, 5) and copy["b"].dtype == torch.int64

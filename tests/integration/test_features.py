@@ -60,6 +60,7 @@ def test_the_stage_leaves_a_run_like_any_other(tower):
     assert checkpoint.document("state")["finished"] and set(checkpoint.document("config")) == {"features"}
 
 
+@pytest.mark.slow
 def test_an_autoencoder_learns_through_the_features_of_a_run(tower, shards, tmp_path):
     """Nothing but the perceptual term: it reaches every weight of the autoencoder, and of the tower none."""
     distance = trained_features(str(tower))

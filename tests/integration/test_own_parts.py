@@ -21,6 +21,7 @@ class Net(nn.Module):
 """
 
 
+@pytest.mark.slow
 def test_sampling_builds_what_the_command_line_trusts_and_nothing_else(shards, tmp_path, monkeypatch):
     (tmp_path / "my_networks.py").write_text(PACKAGE)
     monkeypatch.syspath_prepend(tmp_path)

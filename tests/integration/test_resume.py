@@ -141,6 +141,7 @@ def test_resume_modes(finished, shards, tmp_path):
     assert (tmp_path / "b" / "tiny" / "autoencoder" / "ckpt" / "abandoned-step-000000012").is_dir()
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_named_and_the_one_before_taken_on_request(finished, shards, tmp_path):
     shutil.copytree(finished, tmp_path / "tiny")
     broken = tmp_path / "tiny" / "diffusion" / "ckpt" / "step-000000012" / "ema.safetensors"
@@ -154,6 +155,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken_on_request(finis
     assert compare_runs(finished, tmp_path / "tiny", "diffusion") == []
 
 
+@pytest.mark.slow
 def test_a_run_keeps_the_lanes_it_began_with(shards, tmp_path, monkeypatch):
     """They are chosen from the number of samples: another choice by a later version must not change the order."""
     monkeypatch.setattr("ldm.data.order.lanes_default", lambda batch_size, num_samples: 4)

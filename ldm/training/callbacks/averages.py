@@ -8,7 +8,7 @@ import pytorch_lightning as pl
 import torch
 
 from ldm.checkpoints.snapshots import Snapshot, Snapshots
-from ldm.checkpoints.store import SaveFailed
+from ldm.errors import LdmError
 from ldm.training.ema import EMA, PowerFunction
 from ldm.training.stage_module import StageModule
 
@@ -46,7 +46,7 @@ class Averages(pl.Callback):
             tensors = {name: {k: v.to(self.dtype) for k, v in ema.further[name].items()} for name in lengths}
             try:
                 self.snapshots.save(snapshot, tensors)
-            except SaveFailed as error:
+            except LdmError as error:  # a full disk, or numbers beyond float16
                 log.warning("%s; this snapshot of the averages is missing", error.line())
 
 

@@ -80,9 +80,11 @@ class Checkpointing(pl.Callback):
             self.save(trainer, module, wait=True, finished=True)
 
     def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
-        """What was good when it was copied is committed, whatever happened since."""
+        """What was good when it was copied is committed, as far as there is time: of several ranks the launcher ends
+        those that do not follow the first that failed within seven seconds.
+        """
         with contextlib.suppress(LdmError):
-            self.writer.join(self.grace_s)
+            self.writer.join(self.grace_s if trainer.world_size == 1 else min(5.0, self.grace_s))
 
     def save(self, trainer: pl.Trainer, module: StageModule, *, wait: bool, finished: bool = False) -> None:
         """wait: nobody goes on before the commit, and if it fails, nobody goes on."""
