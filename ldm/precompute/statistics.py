@@ -76,6 +76,8 @@ def measure_statistics(autoencoder: ConvolutionalAutoencoder, batches: Iterable[
     was_training = autoencoder.training
     autoencoder.eval()
     for batch in batches:
+        if not batch.valid.any():  # a network need not take what is empty
+            continue
         raw = autoencoder.raw(autoencoder.moments(batch.images[batch.valid].to(device)))  # type: ignore[index]
         found.add(raw)
         images += len(raw)

@@ -17,10 +17,11 @@ from pathlib import Path
 from ldm.data.datamodule import DataModule
 
 def resident():
-    "MiB of this process and its children, shared pages counted once each."
+    "MiB of this process and its children, shared pages counted once each; without files, which others map as well."
     children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
     rollups = [Path(f"/proc/{pid}/smaps_rollup").read_text() for pid in [os.getpid(), *children]]
-    return sum(int(line.split()[1]) for text in rollups for line in text.splitlines() if line.startswith("Pss:")) / 1024
+    lines = [line for text in rollups for line in text.splitlines() if line.startswith(("Pss_Anon:", "Pss_Shmem:"))]
+    return sum(int(line.split()[1]) for line in lines) / 1024
 
 if __name__ == "__main__":
     path, index_dir, leak = sys.argv[1], sys.argv[2], sys.argv[3] == "leak"
