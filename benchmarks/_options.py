@@ -1,8 +1,9 @@
-"""The words key=value that a benchmark is called with."""
+"""The words key=value that a benchmark is called with, and how it ends when they are wrong."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ldm.errors import LdmError, check, nearest
@@ -20,3 +21,12 @@ def read_options(arguments: Sequence[str], defaults: Mapping[str, Any]) -> dict[
         except ValueError as problem:
             raise LdmError("CONFIG", f"cannot read {argument!r}", limit=str(problem)) from None
     return options
+
+
+def run_main(main: Callable[[Sequence[str]], None]) -> None:
+    """`main` with the words of the command; an error is one line and its exit code."""
+    try:
+        main(sys.argv[1:])
+    except LdmError as problem:
+        print(problem, file=sys.stderr)
+        sys.exit(problem.exit_code)

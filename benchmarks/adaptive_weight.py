@@ -25,14 +25,13 @@ import statistics
 import subprocess
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from benchmarks._options import read_options
+from benchmarks._options import read_options, run_main
 from benchmarks.denoiser_step import peak_rss_gib, timed
-from ldm.errors import LdmError, check
+from ldm.errors import check
 from ldm.models.autoencoder.kl import AutoencoderKL
 from ldm.reconstruction.adversarial import Adversarial, inputs_of
 from ldm.reconstruction.discriminator import PatchDiscriminator
@@ -168,9 +167,4 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parents[1]))
-    try:
-        main(sys.argv[1:])
-    except LdmError as problem:
-        print(problem, file=sys.stderr)
-        sys.exit(problem.exit_code)
+    run_main(main)

@@ -30,7 +30,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from benchmarks._options import read_options
+from benchmarks._options import read_options, run_main
 from ldm.build import build
 from ldm.checkpoints.run import open_stage
 from ldm.config import compose
@@ -222,9 +222,4 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parents[1]))
-    try:
-        main(sys.argv[1:])
-    except LdmError as problem:
-        print(problem, file=sys.stderr)
-        sys.exit(problem.exit_code)
+    run_main(main)

@@ -33,7 +33,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from benchmarks._options import read_options
+from benchmarks._options import read_options, run_main
 from ldm.errors import LdmError, check
 from ldm.models.unet.unet import UNet
 from ldm.types import Conditioning
@@ -226,9 +226,4 @@ def parse(arguments: Sequence[str]) -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parents[1]))
-    try:
-        main(sys.argv[1:])
-    except LdmError as problem:
-        print(problem, file=sys.stderr)
-        sys.exit(problem.exit_code)
+    run_main(main)

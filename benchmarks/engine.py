@@ -1,6 +1,6 @@
 """What the training engine costs: four loops around one and the same training step of the demo's denoiser.
 
-    python -m benchmarks.engine [rounds=12] [steps=20] [batch=16] [precision=32] [size=64]
+    python -m benchmarks.engine [rounds=24] [steps=20] [batch=16] [precision=32] [size=64]
 
 bare loop         backward, clipping, AdamW, averaged weights, learning rate; nothing else
 Lightning bare    the same as a LightningModule with automatic optimisation, Lightning's clipping, averages in a hook
@@ -9,7 +9,8 @@ ours, complete    the run that `train.py` makes: logs, metrics, progress, alarms
                   validation or picture falls due in what is measured
 
 All read the same latents of toy logos from a cache, in the same order. Each loop is a process of its own; they take
-turns, `steps` steps each, and a table gives medians over the rounds, and of the differences within a round.
+turns, `steps` steps each; a table gives medians over the rounds, and of the differences within a round with their
+quartiles.
 """
 
 from __future__ import annotations
@@ -29,18 +30,17 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import pytorch_lightning as pl
 import torch
 
-from benchmarks._options import read_options
+from benchmarks._options import read_options, run_main
 from data.toy_logos.make import write_set
 from ldm.build import build
 from ldm.config import compose
 from ldm.data.cache import Cache
 from ldm.data.datamodule import DataModule
-from ldm.errors import LdmError
 from ldm.random import Draws, run_key
 from ldm.tools.cache import cache
 from ldm.tools.cache_options import Options as CacheOptions
@@ -52,7 +52,7 @@ from ldm.training.place import Place
 from ldm.types import Batch
 
 ARMS = ("bare loop", "Lightning bare", "ours, bare", "ours, complete")
-OPTIONS = {"rounds": 12, "steps": 20, "batch": 16, "precision": "32", "size": 64, "child": "", "folder": ""}
+OPTIONS = {"rounds": 24, "steps": 20, "batch": 16, "precision": "32", "size": 64, "child": "", "folder": ""}
 
 
 def words_of(options: dict[str, Any], name: str) -> list[str]:
@@ -79,16 +79,15 @@ def prepare(options: dict[str, Any]) -> None:
 class Turn:
     """Runs steps when the parent says so: a line in, `steps` steps, their seconds out."""
 
-    def __init__(self, steps: int) -> None:
-        self.steps, self.left = steps, 0
+    def __init__(self, steps: int, out: TextIO) -> None:
+        self.steps, self.out, self.left = steps, out, 0
         self.began = 0.0
 
     def __call__(self) -> None:
         """Called after every step."""
         if self.left == 0:
-            answer = f"{time.perf_counter() - self.began:.6f}\n" if self.began else "ready\n"
-            out.write(answer)
-            out.flush()
+            answer = f"{time.perf_counter() - self.began:.6f}" if self.began else "ready"
+            print(answer, file=self.out, flush=True)
             if sys.stdin.readline() != "go\n":
                 raise KeyboardInterrupt
             self.left, self.began = self.steps, time.perf_counter()
@@ -157,11 +156,11 @@ class Plain(pl.LightningModule):
         torch._foreach_lerp_(self.averages, [p.detach() for p in self.weights], 1e-3)
 
 
-def child(options: dict[str, Any]) -> None:
+def child(options: dict[str, Any], turn: Turn) -> None:
     warnings.filterwarnings("ignore")
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     cfg = compose("train", words_of(options, "complete"))
-    turn, arm, precision = Turn(options["steps"]), options["child"], options["precision"]
+    arm, precision = options["child"], options["precision"]
     make_trainer = run_stage.make_trainer
     if arm == "ours, complete":
 
@@ -217,8 +216,9 @@ def turns(options: dict[str, Any]) -> dict[str, list[float]]:
 def main(arguments: Sequence[str]) -> None:
     options = read_options(arguments, OPTIONS)
     if options["child"]:
-        with contextlib.redirect_stdout(sys.stderr):
-            return child(options)
+        turn = Turn(options["steps"], sys.stdout)
+        with contextlib.redirect_stdout(sys.stderr), contextlib.suppress(KeyboardInterrupt):
+            return child(options, turn)
     with tempfile.TemporaryDirectory(prefix="ldm-engine-") as folder:
         options["folder"] = folder
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
@@ -226,23 +226,20 @@ def main(arguments: Sequence[str]) -> None:
         found = turns(options)
     print(f"CPU, {torch.get_num_threads()} threads; torch {torch.__version__}; batch {options['batch']}, "
           f"precision {options['precision']}; {options['rounds']} rounds of {options['steps']} steps")  # fmt: skip
-    print(f"{'':<16}{'ms/step':>10}{'over the bare loop':>24}{'over Lightning bare':>24}")
+    print(f"{'':<16}{'ms/step':>10}{'over the bare loop':>36}{'over Lightning bare':>36}")
     for arm in ARMS:
         cells = [f"{arm:<16}{statistics.median(found[arm]):10.1f}"]
-        for other in ARMS[:2]:
-            by = statistics.median(a - b for a, b in zip(found[arm], found[other], strict=True))
-            share = statistics.median(a / b - 1 for a, b in zip(found[arm], found[other], strict=True))
-            cells.append(f"{by:+10.1f} ms {share:+8.1%}" if arm != other else "-")
-        print("".join(f"{cell:>24}" for cell in cells).rstrip())
+        cells += [_over(found[arm], found[other]) if arm != other else "-" for other in ARMS[:2]]
+        print("".join(f"{cell:>36}" for cell in cells).rstrip())
+
+
+def _over(arm: Sequence[float], other: Sequence[float]) -> str:
+    """Median of the differences within a round, in brackets the quartiles, and the median of the ratios."""
+    by = [a - b for a, b in zip(arm, other, strict=True)]
+    low, middle, high = statistics.quantiles(by, n=4)
+    share = statistics.median(a / b - 1 for a, b in zip(arm, other, strict=True))
+    return f"{middle:+.1f} ms ({low:+.1f} to {high:+.1f}) {share:+.1%}"
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parents[1]))
-    out = sys.stdout
-    try:
-        main(sys.argv[1:])
-    except LdmError as problem:
-        print(problem, file=sys.stderr)
-        sys.exit(problem.exit_code)
-    except KeyboardInterrupt:
-        pass
+    run_main(main)

@@ -37,13 +37,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks._options import read_options
+from benchmarks._options import read_options, run_main
 from ldm.data.cache import Cache
 from ldm.data.datamodule import DataModule
 from ldm.data.decode import decode_image
 from ldm.data.shards import Dataset, open_dataset
 from ldm.data.transforms import Transform
-from ldm.errors import LdmError, check
+from ldm.errors import check
 from ldm.models.autoencoder.statistics import LatentStatistics
 from ldm.precompute.cache import Folder, Settings, identity, moments_pieces, write_cache
 
@@ -327,9 +327,4 @@ def parse(arguments: Sequence[str]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parents[1]))
-    try:
-        main(sys.argv[1:])
-    except LdmError as problem:
-        print(problem, file=sys.stderr)
-        sys.exit(problem.exit_code)
+    run_main(main)

@@ -26,10 +26,9 @@ from typing import Any
 
 import torch
 
-from benchmarks._options import read_options
+from benchmarks._options import read_options, run_main
 from ldm.checkpoints.background import Writer
 from ldm.checkpoints.store import Store
-from ldm.errors import LdmError
 
 ARMS = {"waiting": False, "beside": True}
 OPTIONS = {"gigabytes": 1.0, "rounds": 5, "folder": "", "child": ""}
@@ -82,9 +81,4 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parents[1]))
-    try:
-        main(sys.argv[1:])
-    except LdmError as problem:
-        print(problem, file=sys.stderr)
-        sys.exit(problem.exit_code)
+    run_main(main)

@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
-from benchmarks._options import read_options
+from benchmarks._options import read_options, run_main
 from data.toy_logos.make import (
     COLOURS,
     LAYOUTS,
@@ -44,7 +44,7 @@ from data.toy_logos.make import (
     render,
 )
 from ldm.checkpoints.run import find_run
-from ldm.errors import LdmError, check
+from ldm.errors import check
 
 Generate = Callable[[list[str], list[int]], np.ndarray]
 """(prompts, seeds of the pictures) -> pictures."""
@@ -443,8 +443,4 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except LdmError as problem:
-        print(problem, file=sys.stderr)
-        sys.exit(problem.exit_code)
+    run_main(main)

@@ -18,7 +18,10 @@ from typing import Any
 from ldm.errors import LdmError, nearest, raise_all
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-OPEN = ("columns", "data.columns", "stage.diffusion.sample_columns")  # mappings whose keys are the user's own
+OPEN = (  # mappings whose keys are the user's own
+    *("columns", "data.columns", "stage.diffusion.sample_columns"),
+    *(f"stage.{stage}.param_groups" for stage in ("autoencoder", "diffusion", "features")),
+)
 TEMPLATES = ("data.caption", "data.caption_prefix", "data.caption_suffix")  # texts: braces in them are no dicts
 VERBATIM = ("prompt", "negative_prompt", "prompts_file")  # any text, never parsed
 

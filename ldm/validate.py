@@ -60,6 +60,11 @@ _RULES: dict[str, Rule] = {
     "stage.*.precision": _one_of("auto", "32", "bf16-mixed", "16-mixed"),
     "stage.*.optimizer": ("a mapping", lambda v: isinstance(v, dict)),
     "stage.*.optimizer.lr": _real(0, open_end=True),
+    "stage.*.param_groups": (
+        "a mapping from parts to settings of the optimizer",
+        lambda v: isinstance(v, dict) and all(isinstance(each, dict) and each for each in v.values()),
+    ),
+    "stage.*.param_groups.*.lr": _real(0),
     "stage.*.discriminator_optimizer.lr": _real(0, open_end=True),
     "stage.*.save_every": _whole(1),
     "stage.*.validate_every": _optional(_whole(1)),

@@ -285,8 +285,9 @@ class DataModule(pl.LightningDataModule):
         run = self._configured()
         transform = Transform(**{**vars(self.transform), "key": run["key"]})
         plan = run["plan"]
-        pixels = int(self.target_sizes("train").prod(axis=1).max()) if "train" not in self._moments else 0
-        warn_of_shared_memory(run["loading"]["num_workers"], len(plan.slots(0)) * 3 * pixels)
+        if (workers := run["loading"]["num_workers"]) and "train" not in self._moments:
+            pixels = int(self.target_sizes("train").prod(axis=1).max())
+            warn_of_shared_memory(workers, len(plan.slots(0)) * 3 * pixels)
         if isinstance(plan.order, BucketOrder) and "train" in self._moments:
             plan = replace(plan, order=plan.order.of_encoded(self._moments["train"].usable))
         return self._stream("train", plan, transform, start=run["start"], ledger=self.ledger)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from ldm.build import build, to_saved
 from ldm.checkpoints.run import has_stage, open_autoencoder
@@ -13,7 +14,7 @@ from ldm.data.columns import checked, kind_of
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.objective import Objective
 from ldm.diffusion.schedule import for_size
-from ldm.errors import LdmError
+from ldm.errors import LdmError, nearest
 from ldm.model import LatentDiffusion, check_fit, load_autoencoder, load_source, load_weights, open_stage, read_weights
 from ldm.models.autoencoder.convolutional import ConvolutionalAutoencoder
 from ldm.models.autoencoder.identity import Identity
@@ -26,6 +27,7 @@ from ldm.training.features_module import FeaturesModule
 from ldm.training.finetune import check_source, decoder_only, source_of
 from ldm.training.place import Config
 from ldm.training.stage_module import StageModule, StageSettings
+from ldm.training.step import grouped
 from ldm.validate import STAGES
 
 
@@ -36,7 +38,8 @@ def check_parts(cfg: Config, trusted: tuple[str, ...] = ()) -> None:
         check_sampler(cfg, trusted)
     if "features" in cfg["stages"]:
         with torch.device("meta"):
-            build(cfg["model"]["features"], where="model.features", trusted=trusted)
+            features = build(cfg["model"]["features"], where="model.features", trusted=trusted)
+        check_param_groups(cfg, "features", features, trusted)
     if set(cfg["stages"]) != {"features"}:
         check_model(cfg, trusted)
     check_source(cfg, trusted)
@@ -51,6 +54,9 @@ def check_model(cfg: Config, trusted: tuple[str, ...] = ()) -> None:
             raise LdmError("STAGES", "this autoencoder has nothing to train", where="stages", next=hint)
         check_reconstruction(cfg, trusted)
         check_averages(cfg)
+        with torch.device("meta"):
+            autoencoder = build(cfg["model"]["autoencoder"], where="model.autoencoder", trusted=trusted)
+        check_param_groups(cfg, "autoencoder", autoencoder, trusted)
     if "diffusion" not in cfg["stages"]:
         return
     model = cfg["model"]
@@ -60,6 +66,8 @@ def check_model(cfg: Config, trusted: tuple[str, ...] = ()) -> None:
             for key in ("autoencoder", "network", "conditioner")
         )
     check_fit(autoencoder, conditioner, network)
+    trained = nn.ModuleDict({"conditioner": conditioner, "denoiser": nn.ModuleDict({"network": network})})
+    check_param_groups(cfg, "diffusion", trained, trusted)
     build(cfg["data"], where="data", trusted=trusted)  # has its own words about its settings
     offered = {"caption", *(cfg["data"].get("columns") or {})}
     for name in conditioner.reads:
@@ -84,6 +92,23 @@ def check_model(cfg: Config, trusted: tuple[str, ...] = ()) -> None:
             limit=f"given: {', '.join(sorted(offered))}",
             next="with KEY.mask.png beside KEY.jpg: data.columns.mask=.mask.png; or set scheduler.masked=false",
         )
+
+
+def check_param_groups(cfg: Config, stage: str, model: nn.Module, trusted: tuple[str, ...] = ()) -> None:
+    """Refuses groups that are left without parameters, and settings that the optimizer does not have."""
+    where, node = f"stage.{stage}.param_groups", cfg["stage"][stage]
+    grouped({name: p for name, p in model.named_parameters() if p.requires_grad}, node["param_groups"], where)
+    optimizer = build(node["optimizer"], where=f"stage.{stage}.optimizer", trusted=trusted)
+    one = [nn.Parameter(torch.zeros(1))]
+    for pattern, settings in node["param_groups"].items():
+        known = optimizer(one).defaults
+        for name in settings.keys() - known.keys():
+            what = f"the optimizer has no setting {name!r}"
+            raise LdmError("CONFIG", what, where=f"{where}.{pattern}", next=nearest(name, known))
+        try:
+            optimizer(one, **settings)
+        except (TypeError, ValueError) as error:
+            raise LdmError("CONFIG", str(error), where=f"{where}.{pattern}") from error
 
 
 def check_averages(cfg: Config) -> None:
@@ -207,6 +232,7 @@ def build_module(cfg: Config, trusted: tuple[str, ...], stage: str, folder: Path
         grad_clip=node["grad_clip"],
         precision=precision,
         seed=cfg["seed"],
+        param_groups=node["param_groups"],
     )
     # initial weights are a function of seed and stage, whatever ran before in this process
     torch.manual_seed(int(fold(run_key(cfg["seed"]), Purpose.INIT, STAGES.index(stage))))

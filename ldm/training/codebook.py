@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ldm.models.autoencoder.vq import AutoencoderVQ
 from ldm.random import Purpose, fold
+from ldm.training.ranks import of_all_ranks, several
 from ldm.training.step import OptimizerStep
 
 WEIGHT = "quantize.embedding.weight"
@@ -36,7 +37,7 @@ def tend_codebook(
     if step.train_step % every != every // 2:
         return 0
     mine = torch.cat([code["latents"].detach().float().movedim(1, -1).flatten(0, -2) for code in codes])
-    revived = book.revive(_of_all_ranks(mine), fold(key, Purpose.CODEBOOK, step.train_step).view(1))
+    revived = book.revive(of_all_ranks(mine), fold(key, Purpose.CODEBOOK, step.train_step).view(1))
     for moment in step.optimizer.state[book.embedding.weight].values():
         if isinstance(moment, Tensor) and moment.shape == book.embedding.weight.shape:
             moment[revived] = 0
@@ -47,15 +48,6 @@ def tend_codebook(
 
 
 def _sum_over_ranks(counts: Tensor) -> Tensor:
-    if dist.is_available() and dist.is_initialized():
+    if several():
         dist.all_reduce(counts)
     return counts
-
-
-def _of_all_ranks(rows: Tensor) -> Tensor:
-    """[N, C] of each rank, one after the other; every rank has as many."""
-    if not dist.is_available() or not dist.is_initialized():
-        return rows
-    parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, rows.contiguous())
-    return torch.cat(parts)

@@ -7,11 +7,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-
-from ldm.training.ranks import several
 
 
 class Pairs(NamedTuple):
@@ -50,27 +47,3 @@ def caption_ids(captions: Sequence[str]) -> Tensor:
     """[B] int64, equal for equal captions on every rank."""
     digests = (hashlib.sha256(caption.encode()).digest() for caption in captions)
     return torch.tensor([int.from_bytes(digest[:8], "little", signed=True) for digest in digests])
-
-
-def of_all_ranks(x: Tensor) -> Tensor:
-    """[B, ...] of this rank to [ranks * B, ...], in the order of the ranks, with a gradient to everybody's rows.
-
-    Every rank takes part, forward and backward.
-    """
-    if not several():
-        return x
-    return _Gathered.apply(x)
-
-
-class _Gathered(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, x.contiguous())
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
-        total = grad.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total)  # what the losses of all ranks say about all rows, of which this rank has its own
-        return total.chunk(dist.get_world_size())[dist.get_rank()]

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from ldm.models.conditioner.compose import parts_of
 from ldm.models.features import Contrastive
 from ldm.random import Draws
-from ldm.training.contrastive import Pairs, caption_ids, contrastive_terms, of_all_ranks
+from ldm.training.contrastive import Pairs, caption_ids, contrastive_terms
+from ldm.training.ranks import of_all_ranks
 from ldm.training.stage_module import StageModule, StageSettings
 from ldm.types import Batch
 

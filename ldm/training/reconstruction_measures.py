@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ldm.precompute.statistics import ChannelMoments
 from ldm.reconstruction.measures import SSIM_WINDOW, FeatureMoments, codebook_use, frechet_distance, psnr, ssim
+from ldm.training.ranks import several
 
 LEAST_STD = 1e-12  # keeps the logarithm of a dead channel's spread a number
 
@@ -76,7 +77,7 @@ class SetMeasures:
         if bool(torch.isfinite(std).all()):  # it goes into the checkpoint
             self.last_std = logarithm.exp().tolist()
         if self._counts is not None:
-            if dist.is_available() and dist.is_initialized():
+            if several():
                 dist.all_reduce(self._counts)
             found |= codebook_use(self._counts)
         if self.perceptual is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import pytorch_lightning as pl
@@ -19,6 +19,7 @@ from ldm.model import load_weights
 from ldm.random import Draws, run_key, seed_modules
 from ldm.training.ema import EMA, Profile
 from ldm.training.nonfinite import NOT_FOUND, in_words, origin_of_step
+from ldm.training.ranks import several
 from ldm.training.step import MAX_CONSECUTIVE_SKIPS, OptimizerStep, Outcome, Player, Scaler, per_device
 from ldm.types import Batch
 
@@ -36,6 +37,7 @@ class StageSettings:
     grad_clip: float | None = 1.0
     precision: str = "32"
     seed: int = 0
+    param_groups: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 class StageModule(pl.LightningModule):
@@ -149,6 +151,7 @@ class StageModule(pl.LightningModule):
         self.step = OptimizerStep(
             {**averaged, **self.further_parameters()},
             optimizer=s.optimizer,
+            param_groups=s.param_groups,
             lr_schedule=s.lr_schedule,
             ema=ema,
             batch_size=s.batch_size,
@@ -235,10 +238,7 @@ class StageModule(pl.LightningModule):
             if f"{name}.json" not in checkpoint.manifest["files"]:
                 print(f"{self.stage}: the checkpoint holds no {name}: it begins anew", flush=True)
                 continue
-            fresh = [{k: v for k, v in g.items() if k != "params"} for g in player.optimizer.param_groups]
-            player.optimizer.load_state_dict(checkpoint.tree(name))
-            for group, settings in zip(player.optimizer.param_groups, fresh, strict=True):
-                group.update(settings)  # the settings are those of the configuration, which drift has checked
+            player.load_state(checkpoint.tree(name))  # its settings are those of the configuration, as drift allowed
         self.step.load_state(checkpoint.document("state"))
         if (ema := self.step.ema) is not None:
             for name in ema.files():
@@ -259,7 +259,7 @@ class StageModule(pl.LightningModule):
 
     def trees(self) -> dict[str, Any]:
         """What the checkpoint holds of the optimizers."""
-        return {name: player.optimizer.state_dict() for name, player in self.players().items()}
+        return {name: player.state() for name, player in self.players().items()}
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """What the checkpoint's safetensors files hold."""
@@ -271,7 +271,7 @@ class StageModule(pl.LightningModule):
 
 def gathered(value: Any) -> list[Any]:
     """What every rank has, in the order of the ranks; every rank takes part."""
-    if not dist.is_available() or not dist.is_initialized():
+    if not several():
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)

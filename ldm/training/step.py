@@ -6,8 +6,9 @@ all-reduce, clip, step or skip, learning rate, EMA, counters.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -80,18 +81,46 @@ class Outcome:
 
 
 class Player:
-    """Parameters with their optimizer. `synchronise`: their gradients are averaged over the ranks here, not by DDP."""
+    """Parameters with their optimizer. `synchronise`: their gradients are averaged over the ranks here, not by DDP.
+
+    groups: settings of the optimizer for some of them, by pattern, see `grouped`.
+    """
 
     def __init__(
         self,
         parameters: dict[str, nn.Parameter],
-        optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
+        optimizer: Callable[..., torch.optim.Optimizer],
         *,
+        groups: Mapping[str, Mapping[str, Any]] | None = None,
         synchronise: bool = False,
     ) -> None:
         self.parameters, self.synchronise = parameters, synchronise
-        self.optimizer = optimizer(list(parameters.values()))
+        self.optimizer = optimizer(grouped(parameters, groups or {}))
         self.base_lrs = [group["lr"] for group in self.optimizer.param_groups]
+
+    def state(self) -> dict[str, Any]:
+        """The optimizer's, with its parameters numbered as in `parameters`, however they are grouped."""
+        state = self.optimizer.state_dict()
+        places = self._places()
+        return {
+            "state": {places[number]: value for number, value in state["state"].items()},
+            "param_groups": [
+                {**g, "params": [places[number] for number in g["params"]]} for g in state["param_groups"]
+            ],
+        }
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Of a player with the same parameters; groups and settings remain those of this one."""
+        own = self.optimizer.state_dict()
+        places = self._places()
+        own["state"] = {number: state["state"][place] for number, place in places.items() if place in state["state"]}
+        self.optimizer.load_state_dict(own)
+
+    def _places(self) -> dict[int, int]:
+        """torch's number of a parameter, which counts through the groups, to its place in `parameters`."""
+        place = {id(p): number for number, p in enumerate(self.parameters.values())}
+        ordered = [p for group in self.optimizer.param_groups for p in group["params"]]
+        return {number: place[id(p)] for number, p in enumerate(ordered)}
 
     def gradients(self) -> list[Tensor]:
         """Of this step, the same on every rank; empty where the player did not play."""
@@ -110,12 +139,38 @@ class Player:
         return self.base_lrs[0] * factor
 
 
+def grouped(
+    parameters: Mapping[str, nn.Parameter], groups: Mapping[str, Mapping[str, Any]], where: str = "param_groups"
+) -> list[dict[str, Any]]:
+    """What torch's optimizers take: all that no pattern chooses first, with the optimizer's own settings.
+
+    A pattern is a name, which stands for all below it, or has wildcards (`*.bias`); the first that fits decides.
+    Raises LdmError for a pattern that is left with nothing.
+    """
+    rest: list[nn.Parameter] = []
+    chosen: dict[str, list[nn.Parameter]] = {pattern: [] for pattern in groups}
+    for name, parameter in parameters.items():
+        fits = (p for p in groups if name == p or name.startswith(f"{p}.") or fnmatchcase(name, p))
+        chosen.get(next(fits, ""), rest).append(parameter)
+    for pattern, members in chosen.items():
+        if not members:
+            raise LdmError(
+                "CONFIG",
+                f"nothing that is trained is left for {pattern!r}",
+                where=where,
+                limit=f"trained: {', '.join(dict.fromkeys(name.partition('.')[0] for name in parameters))}",
+                next="name one of these or a part of it, or use wildcards: '*.bias'",
+            )
+    own = [{"params": members, **groups[pattern]} for pattern, members in chosen.items()]
+    return [{"params": rest}, *own] if rest else own
+
+
 class OptimizerStep:
     """Owns optimizer, learning rate, gradient clipping, fp16 scaling, EMA and counters of one stage.
 
-    parameters: the trained ones by name.   optimizer: callable from parameters to optimizer.   lr_schedule: updates
-    to factor.   accumulate: micro-batches a step.   grad_clip: largest gradient norm, None = no clipping.
-    batch_size: global, images a step.
+    parameters: the trained ones by name.   optimizer: callable from parameters to optimizer.   param_groups: its
+    settings for some of them, see `grouped`.   lr_schedule: updates to factor.   accumulate: micro-batches a step.
+    grad_clip: largest gradient norm, None = no clipping.   batch_size: global, images a step.
     discriminator: a second player whose gradients come with the same backward. It is stepped in the same step if it got
     any, with the same factor of its own learning rate and the same clipping, and skipped with the first.
     """
@@ -124,16 +179,17 @@ class OptimizerStep:
         self,
         parameters: dict[str, nn.Parameter],
         *,
-        optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
+        optimizer: Callable[..., torch.optim.Optimizer],
         lr_schedule: Callable[[int], float],
         ema: EMA | None,
         batch_size: int,
+        param_groups: Mapping[str, Mapping[str, Any]] | None = None,
         accumulate: int = 1,
         grad_clip: float | None = 1.0,
         scaler: Scaler | None = None,
         discriminator: Player | None = None,
     ) -> None:
-        self.player, self.discriminator = Player(parameters, optimizer), discriminator
+        self.player, self.discriminator = Player(parameters, optimizer, groups=param_groups), discriminator
         self.lr_schedule, self.ema, self.scaler = lr_schedule, ema, scaler
         self.batch_size, self.accumulate, self.grad_clip = batch_size, accumulate, grad_clip
         self.counters = Counters()

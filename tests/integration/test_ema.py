@@ -1,7 +1,6 @@
 """Several averages of one training, their snapshots, and averages that were not kept made of those that were."""
 
 import shutil
-import signal
 from pathlib import Path
 
 import pytest
@@ -18,8 +17,8 @@ from ldm.training.ema import EMA
 from ldm.training.fit import train
 from ldm.training.posthoc import fit
 from tests.integration.test_processes import SGD
-from tests.integration.test_resume import kill_after
-from tests.integration.tiny import command, compare_runs, config, first_difference, overrides, start
+from tests.integration.test_resume import live_through
+from tests.integration.tiny import command, compare_runs, config, first_difference, overrides
 
 STEPS, EVERY = 24, 3
 STAGE = "autoencoder"
@@ -249,11 +248,7 @@ def test_killed_twice_equals_undisturbed(shards, tmp_path):
     code, output = command(overrides(shards, whole, *more, steps=STEPS))
     assert code == 0, output
     words = overrides(shards, broken, *more, steps=STEPS)
-    for stage, step in (("autoencoder", 7), ("diffusion", 10), ("diffusion", 15)):
-        code, output = kill_after(start(words), broken / "tiny", stage, step)
-        assert code == -signal.SIGKILL, output
-    code, output = command(words)
-    assert code == 0 and "continuing at step" in output, output
+    live_through(words, broken / "tiny", ("autoencoder", 7), ("diffusion", 10), ("diffusion", 15))
     for stage in ("autoencoder", "diffusion"):
         assert compare_runs(whole / "tiny", broken / "tiny", stage) == []
         assert snapshots_of(whole / "tiny", stage) == snapshots_of(broken / "tiny", stage)

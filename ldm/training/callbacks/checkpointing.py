@@ -105,7 +105,7 @@ class Checkpointing(pl.Callback):
             error = trainer.strategy.broadcast(self._result.error)
             assert error is not None
             raise error
-        if failed != self._failed and isinstance(self._result.error, LdmError):
+        if failed != self._failed and self._result.error is not None:
             log.warning("%s (%d of %d)", self._result.error.line(), failed, self.max_failed_saves)
         self._failed = failed
 

@@ -8,6 +8,7 @@ import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
 
+from ldm.training.ranks import several
 from ldm.training.stage_module import StageModule
 
 
@@ -39,7 +40,7 @@ class Validation(pl.Callback):
                     return None
             summary = module.validation_summary()
         table = torch.stack([*sums.values()])
-        if dist.is_available() and dist.is_initialized():
+        if several():
             dist.all_reduce(table)
         means = (total / count if count else math.nan for total, count in table.tolist())
         return dict(zip(sums, means, strict=True)) | summary
@@ -47,7 +48,7 @@ class Validation(pl.Callback):
 
 def _any_rank(flag: bool, device: torch.device) -> bool:
     """Every rank takes part: all have equally many batches."""
-    if not dist.is_available() or not dist.is_initialized():
+    if not several():
         return flag
     control = torch.tensor(float(flag), device=device)
     dist.all_reduce(control, op=dist.ReduceOp.MAX)
