@@ -96,6 +96,8 @@ _RULES: dict[str, Rule] = {
     "sampler.steps": _optional(_whole(1)),
     "sampler.guidance_scale": _optional(_real(0)),
     "trainer.accelerator": _one_of("cpu", "gpu", "cuda"),
+    "trainer.compile": ("true or false", lambda v: isinstance(v, bool)),
+    "trainer.channels_last": ("true or false", lambda v: isinstance(v, bool)),
     "checkpoint.keep_last": _whole(2),
     "checkpoint.keep_best": _whole(0),
     "checkpoint.every_minutes": _optional(_real(0)),

@@ -22,7 +22,7 @@ def split(tree: Any) -> tuple[dict[str, Tensor], Any]:
     """The tensors of `tree`, named by their paths, and the JSON skeleton that `join` needs to put them back.
 
     tree: dicts with string or integer keys, lists, tuples, tensors, None, bool, int, float, str, nested.
-    A parameter comes back as a plain tensor; of the memory layout, channels-last is kept.
+    A parameter comes back as a plain tensor, every tensor in row-major order.
     Raises LdmError with the path of anything else.
     """
     tensors: dict[str, Tensor] = {}
@@ -40,7 +40,7 @@ def split(tree: Any) -> tuple[dict[str, Tensor], Any]:
             if place not in names:
                 names[place] = _unused(path or "tensor", tensors)
                 tensors[names[place]] = node.detach()
-            return {_TAG: "tensor", "name": names[place], **_layout(node)}
+            return {_TAG: "tensor", "name": names[place]}
         if type(node) in (list, tuple):
             items = [encode(child, _child(path, i)) for i, child in enumerate(node)]
             return items if type(node) is list else {_TAG: "tuple", "items": items}
@@ -66,7 +66,7 @@ def join(tensors: Mapping[str, Tensor], skeleton: Any) -> Any:
         return {key: join(tensors, child) for key, child in skeleton.items()}
     match skeleton:
         case {"$": "tensor", "name": str(name)} if name in tensors:
-            return _with_layout(tensors[name], skeleton)
+            return tensors[name]
         case {"$": "tuple", "items": list(items)}:
             return tuple(join(tensors, child) for child in items)
         case {"$": "dict", "items": list(pairs)}:
@@ -94,20 +94,6 @@ def memory_of(tensor: Tensor) -> tuple:
     if tensor.numel() == 0 or tensor.layout != torch.strided or tensor.is_meta:
         return (id(tensor),)
     return tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()
-
-
-def _layout(tensor: Tensor) -> dict[str, bool]:
-    """Files hold row-major tensors; fused optimizers refuse a state whose layout differs from its parameter's."""
-    import torch
-
-    permuted = tensor.ndim == 4 and not tensor.is_contiguous()
-    return {"channels_last": True} if permuted and tensor.is_contiguous(memory_format=torch.channels_last) else {}
-
-
-def _with_layout(tensor: Tensor, skeleton: Mapping[str, Any]) -> Tensor:
-    import torch
-
-    return tensor.contiguous(memory_format=torch.channels_last) if skeleton.get("channels_last") else tensor
 
 
 def _unused(name: str, taken: Mapping[str, Any]) -> str:

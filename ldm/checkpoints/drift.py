@@ -18,6 +18,8 @@ _NOTED = {
     "micro_batch": _SAME_ORDER,
     "threads": _SAME_ORDER,
     "latents": _SAME_DRAWS,
+    "compile": _SAME_DRAWS,
+    "channels_last": _SAME_DRAWS,
 }
 
 

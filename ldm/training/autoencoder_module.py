@@ -72,6 +72,10 @@ class AutoencoderModule(StageModule):
     def trained(self) -> nn.Module:
         return self.autoencoder
 
+    def networks(self) -> list[nn.Module]:
+        decoder = self.autoencoder.decoder  # without its last layer: compiled code would not call the hook of `loss`
+        return [self.autoencoder.encoder, decoder.mid_block, *decoder.up_blocks]
+
     def train(self, mode: bool = True) -> AutoencoderModule:
         super().train(mode)
         if self.decoder_only:

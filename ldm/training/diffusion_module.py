@@ -56,6 +56,9 @@ class DiffusionModule(StageModule):
     def trained(self) -> nn.Module:
         return self.trained_parts
 
+    def networks(self) -> list[nn.Module]:
+        return [self.model.denoiser.network]
+
     def observed(self) -> nn.Module:
         return self.model
 

@@ -29,6 +29,9 @@ class FeaturesModule(StageModule):
     def trained(self) -> nn.Module:
         return self.model
 
+    def networks(self) -> list[nn.Module]:
+        return [self.model.image]
+
     @property
     def evaluation_batch(self) -> int:
         """How many captions a picture chooses from, whatever training does: so that validations compare."""

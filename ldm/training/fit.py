@@ -11,6 +11,7 @@ from ldm.checkpoints.store import Checkpoint, Store
 from ldm.data.cache import Cache
 from ldm.data.order import check_cut
 from ldm.errors import LdmError
+from ldm.training.acceleration import check_compiler
 from ldm.training.assemble import check_parts, fixed_autoencoder
 from ldm.training.finetune import adopt
 from ldm.training.fingerprint import recorded_settings, settings_of
@@ -38,6 +39,7 @@ def _train(cfg: Config, trusted: tuple[str, ...]) -> None:
             limit=f"given {list(cfg['stages'])}",
             next="stages=[autoencoder], then stages=[diffusion]",
         )
+    check_compiler(cfg["trainer"])
     check_parts(cfg, trusted)
     world_size = outer.world_size if outer is not None else local_devices(cfg["trainer"])
     for stage in cfg["stages"]:

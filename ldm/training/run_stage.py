@@ -27,6 +27,7 @@ from ldm.data.index import BAD_KINDS
 from ldm.data.order import efficient_sizes
 from ldm.model import load_pretrained
 from ldm.precompute.statistics import chosen_images
+from ldm.training.acceleration import accelerate
 from ldm.training.assemble import build_module
 from ldm.training.callbacks.alarms import Alarms
 from ldm.training.callbacks.autoencoder_alarms import AutoencoderAlarms
@@ -97,6 +98,7 @@ def run_stage(cfg: Config, trusted: tuple[str, ...], stage: str, folder: Path, p
         "micro_batch": micro_batch,
         "threads": torch.get_num_threads(),
     }
+    environment |= {key: True for key in ("compile", "channels_last") if cfg["trainer"][key]}
     if cache is not None and cache.about["dtype"] != "float32":
         environment["latents"] = f"of a cache in {cache.about['dtype']}"
     settings = {key: value for key, value in cfg.items() if key not in ("data", "logger", "traceback")}
@@ -107,6 +109,7 @@ def run_stage(cfg: Config, trusted: tuple[str, ...], stage: str, folder: Path, p
         data.ledger.load_state_dict(checkpoint.document("state")["bad_samples"])
     elif source_of(cfg, stage) is None:
         load_pretrained(module.trained())
+    accelerate(module.networks(), cfg["trainer"])
     if cache is not None and isinstance(module, DiffusionModule):
         module.use_cache(cache, data, trusted)
     if place.rank == 0:

@@ -75,6 +75,10 @@ class StageModule(pl.LightningModule):
         """[B] each; "loss" is minimised, the rest is logged."""
         raise NotImplementedError
 
+    def networks(self) -> list[nn.Module]:
+        """The parts of it that nearly all time goes into: what `trainer.compile` compiles."""
+        raise NotImplementedError
+
     def observed(self) -> nn.Module:
         """All that computes the loss, with what is frozen."""
         return self
@@ -129,11 +133,14 @@ class StageModule(pl.LightningModule):
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Evaluation mode, no gradients, and the averaged weights where the stage keeps an average."""
+        """Evaluation mode, no gradients, and the averaged weights where the stage keeps an average. Nothing is compiled
+        for it: its shapes are many and not worth a minute each.
+        """
         was_training = self.training
         self.eval()
+        average = self.step.ema.applied() if self.step.ema else nullcontext()
         try:
-            with torch.no_grad(), self.step.ema.applied() if self.step.ema else nullcontext():
+            with torch.compiler.set_stance("force_eager"), torch.no_grad(), average:
                 yield
         finally:
             self.train(was_training)

@@ -110,10 +110,14 @@ class Player:
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Of a player with the same parameters; groups and settings remain those of this one."""
-        own = self.optimizer.state_dict()
-        places = self._places()
-        own["state"] = {number: state["state"][place] for number, place in places.items() if place in state["state"]}
+        """Of a player with the same parameters; groups, settings and memory layout remain those of this one."""
+        own, places = self.optimizer.state_dict(), self._places()
+        parameters = list(self.parameters.values())
+        own["state"] = {
+            number: {name: _laid_out_as(parameters[place], value) for name, value in state["state"][place].items()}
+            for number, place in places.items()
+            if place in state["state"]
+        }
         self.optimizer.load_state_dict(own)
 
     def _places(self) -> dict[int, int]:
@@ -335,6 +339,13 @@ class OptimizerStep:
         )
         if self.scaler is not None and state["scaler"] is not None:
             self.scaler = Scaler(**state["scaler"])
+
+
+def _laid_out_as(parameter: Tensor, value: Any) -> Any:
+    """Fused optimizers refuse a moment whose strides differ from its parameter's."""
+    if not isinstance(value, Tensor) or value.shape != parameter.shape:
+        return value
+    return torch.empty_like(parameter, dtype=value.dtype, device=value.device, requires_grad=False).copy_(value)
 
 
 def _world_size() -> int:
