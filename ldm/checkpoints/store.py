@@ -15,6 +15,7 @@ import math
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,7 @@ log = logging.getLogger(__name__)
 
 _STEP = re.compile(r"step-(\d{9,})")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_PROBE = 2**25
 _HEADROOM = 1.2  # free space asked for, in units of the expected size
 
 
@@ -205,12 +207,23 @@ class Store:
         self._point_and_prune(step)
         return self.path(step)
 
-    def check_space(self, size: int) -> None:
-        """Raise SaveFailed unless a checkpoint of `size` bytes fits, with room to spare."""
+    def expect(self, size: int) -> float:
+        """How many seconds a commit of `size` bytes takes, as far as writing a part of it tells.
+
+        Raises SaveFailed unless it fits, with room to spare.
+        """
+        part = min(size, _PROBE)
+        temp = files.temporary(self.folder / "probe")
+        began = time.perf_counter()
         try:
             self._require_space(size)
+            with files.new_file(temp) as file:
+                file.write(bytes(part))
         except OSError as error:
             raise self._failed(error, size) from error
+        finally:
+            temp.unlink(missing_ok=True)
+        return (time.perf_counter() - began) * size / max(1, part)
 
     def truncate(self, step: int) -> list[int]:
         """Rename the checkpoints newer than `step` to `abandoned-...`, once `step` is known to be valid."""

@@ -216,13 +216,17 @@ class DataModule(pl.LightningDataModule):
         accumulate: int = 1,
         rank: int = 0,
         world_size: int = 1,
+        ranks_here: int = 1,
         start_step: int = 0,
         num_workers: int = 0,
         timeout_s: float = 300,
         pin_memory: bool = False,
         bad_samples_file: str | Path | None = None,
     ) -> DataModule:
-        """Fix this process's part of the run. batch_size: global, per optimizer step."""
+        """Fix this process's part of the run.
+
+        batch_size: global, per optimizer step.   ranks_here: on this machine, whose memory they share.
+        """
         check_cut(batch_size, world_size, accumulate)
         train = self.dataset("train")
 
@@ -264,6 +268,7 @@ class DataModule(pl.LightningDataModule):
             "start": start_step * accumulate,
             "key": run_key(seed),
             "ranks": {"rank": rank, "world_size": world_size},
+            "ranks_here": ranks_here,
             "loading": {"num_workers": num_workers, "timeout_s": timeout_s, "pin_memory": pin_memory},
         }
         return self
@@ -287,7 +292,7 @@ class DataModule(pl.LightningDataModule):
         plan = run["plan"]
         if (workers := run["loading"]["num_workers"]) and "train" not in self._moments:
             pixels = int(self.target_sizes("train").prod(axis=1).max())
-            warn_of_shared_memory(workers, len(plan.slots(0)) * 3 * pixels)
+            warn_of_shared_memory(run["ranks_here"] * workers, len(plan.slots(0)) * 3 * pixels)
         if isinstance(plan.order, BucketOrder) and "train" in self._moments:
             plan = replace(plan, order=plan.order.of_encoded(self._moments["train"].usable))
         return self._stream("train", plan, transform, start=run["start"], ledger=self.ledger)

@@ -364,11 +364,12 @@ def piece(batch_size: int, rank: int, world_size: int, accumulate: int, micro: i
     return slice(first, first + size)
 
 
-def efficient_sizes(batch_size: int, lanes: int) -> list[int]:
+def efficient_sizes(batch_size: int, lanes: int, accumulate: int = 1) -> list[int]:
     """Numbers of processes of which none reads from a lane that it does not need: they divide the lanes, or are divided
     by them.
     """
-    return [n for n in range(1, batch_size + 1) if batch_size % n == 0 and (lanes % n == 0 or n % lanes == 0)]
+    pieces = batch_size // accumulate
+    return [n for n in range(1, pieces + 1) if pieces % n == 0 and (lanes % n == 0 or n % lanes == 0)]
 
 
 def check_cut(batch_size: int, world_size: int, accumulate: int) -> None:

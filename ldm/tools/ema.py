@@ -25,7 +25,7 @@ from ldm.tools.ema_options import Options, parse
 from ldm.tools.interchange import refuse_existing, whole
 from ldm.training.ema import HalfLife
 from ldm.training.finetune import adopt_autoencoder, adopt_denoiser
-from ldm.training.posthoc import expressible, fit
+from ldm.training.posthoc import expressible, solve
 
 Tensors = dict[str, Tensor]
 _KEPT = ("latent_id", "latent_shape", "latent_mean", "latent_std", "latent_images", "latent_source", "versions")
@@ -89,7 +89,7 @@ def combine(run: Path, options: Options, length: float) -> tuple[Tensors, dict[s
     # two snapshots without an update between them hold the same
     files = {(s.updates, own): (s.step, name) for s in used for name, own in s.lengths.items()}
     updates = used[-1].updates
-    solved = fit(list(files), updates, length)
+    solved = solve(list(files), updates, length)
     if solved.error > options.max_error:
         possible = expressible(list(files), updates, options.max_error)
         nearest = f"the nearest that they can is {min(possible, key=lambda p: abs(p - length)):g}; " if possible else ""

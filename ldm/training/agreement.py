@@ -30,10 +30,10 @@ def check_ranks(module: StageModule) -> None:
     tensors: dict[str, Tensor] = dict(module.observed().named_parameters())
     if module.step.ema is not None:
         tensors |= {f"{file}/{name}": t for file, of in module.step.ema.files().items() for name, t in of.items()}
-    compare(tensors, module.device, module.step.train_step)
+    compare_ranks(tensors, module.device, module.step.train_step)
 
 
-def compare(tensors: Mapping[str, Tensor], device: torch.device, step: int) -> None:
+def compare_ranks(tensors: Mapping[str, Tensor], device: torch.device, step: int) -> None:
     """One all-reduce of 16 bytes a tensor; only where that shows a difference, one question more."""
     own = hashes(tensors, device)
     both = torch.cat([own, ~own])

@@ -84,14 +84,16 @@ def join_group(node: Config, place: Place) -> None:
 
 
 def tell_decision(decision: str) -> None:
-    """From rank 0 to the others under torchrun; nothing to tell elsewhere."""
-    if _is_joined() and dist.get_rank() == 0:
+    """From rank 0 to the others under torchrun, and nobody goes on before all know; nothing to tell elsewhere."""
+    if _is_joined():
         dist.broadcast_object_list([decision])
+        dist.barrier()
 
 
 def hear_decision() -> str:
     heard: list[Any] = [None]
     dist.broadcast_object_list(heard)
+    dist.barrier()
     return heard[0]
 
 
@@ -127,19 +129,20 @@ class Timeouts(pl.Callback):
     """
 
     def __init__(self) -> None:
-        self._longest, self._since = timedelta(0), time.monotonic()
-
-    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        set_timeout(STEP_TIMEOUT)
-        self._since = time.monotonic()
+        self._longest = timedelta(0)
+        self._since: float | None = None
 
     def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, *_: object) -> None:
+        if self._since is None:
+            return
         pause = timedelta(seconds=time.monotonic() - self._since)
         if 4 * pause > max(STEP_TIMEOUT, self._longest):
             self._longest = 4 * pause
             set_timeout(self._longest)
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: object) -> None:
+        if self._since is None:
+            set_timeout(STEP_TIMEOUT)
         self._since = time.monotonic()
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -196,7 +199,7 @@ def loss_of(error: RuntimeError) -> LdmError | None:
     return None
 
 
-def part(received: int | None) -> int | None:
+def leave_together(received: int | None) -> int | None:
     """All ranks meet after the last commit, end the group, and leave for the same reason: the signal that any received.
 
     From here to the end of the process a stop signal changes nothing: a launcher sends one to those who leave last.

@@ -36,7 +36,7 @@ def inner_products(times_a: Tensor, gammas_a: Tensor, times_b: Tensor, gammas_b:
     return factor * (earlier / later) ** gamma_of_later
 
 
-def fit(stored: Sequence[tuple[int, float]], updates: int, length: float) -> Fit:
+def solve(stored: Sequence[tuple[int, float]], updates: int, length: float) -> Fit:
     """The combination of `stored` averages, (updates, length) of each, that is closest to `length` at `updates`.
 
     What a run counts in steps is exact: the weight of update t is the integral of p from t - 1 to t, so the error of
@@ -61,7 +61,7 @@ def fit(stored: Sequence[tuple[int, float]], updates: int, length: float) -> Fit
 
 def expressible(stored: Sequence[tuple[int, float]], updates: int, max_error: float) -> list[float]:
     """The lengths, in steps of 0.005, that `stored` averages give with at most this error."""
-    return [length for length in _grid() if fit(stored, updates, length).error <= max_error]
+    return [length for length in _grid() if solve(stored, updates, length).error <= max_error]
 
 
 def _grid() -> Iterable[float]:

@@ -31,7 +31,7 @@ from ldm.training.acceleration import accelerate
 from ldm.training.assemble import build_module
 from ldm.training.callbacks.alarms import Alarms
 from ldm.training.callbacks.autoencoder_alarms import AutoencoderAlarms
-from ldm.training.callbacks.averages import Averages
+from ldm.training.callbacks.average_snapshots import AverageSnapshots
 from ldm.training.callbacks.checkpointing import VERSIONS, Checkpointing
 from ldm.training.callbacks.monitor import Monitor, choose_mode
 from ldm.training.callbacks.movement import Movement
@@ -42,7 +42,7 @@ from ldm.training.callbacks.validation import Validation
 from ldm.training.diffusion_module import DiffusionModule
 from ldm.training.finetune import source_of
 from ldm.training.fingerprint import check_drift, fingerprint_of
-from ldm.training.group import START_TIMEOUT, Joined, Timeouts, check_agreement, part
+from ldm.training.group import START_TIMEOUT, Joined, Timeouts, check_agreement, leave_together
 from ldm.training.place import Config, Place
 from ldm.training.signals import StopOnSignal, Stopped, not_saved
 from ldm.training.stage_module import StageModule
@@ -82,6 +82,7 @@ def run_stage(cfg: Config, trusted: tuple[str, ...], stage: str, folder: Path, p
         accumulate=settings_node["accumulate"],
         rank=place.rank,
         world_size=place.world_size,
+        ranks_here=place.world_size // place.nodes_or(int(cfg["trainer"]["nodes"])),
         start_step=start_step,
         num_workers=cfg["loader"]["num_workers"],
         timeout_s=cfg["loader"]["timeout_s"],
@@ -133,7 +134,7 @@ def run_stage(cfg: Config, trusted: tuple[str, ...], stage: str, folder: Path, p
         sampling=build(cfg["sampler"], where="sampler", trusted=trusted) if stage == "diffusion" else None,
     )
     recorder = Recorder(paths, validation, samples, monitor)
-    stop = StopOnSignal(module, alone=place.world_size == 1)
+    stop = StopOnSignal(module, only_process=place.world_size == 1)
     checkpointing = Checkpointing(
         store,
         validation,
@@ -153,7 +154,7 @@ def run_stage(cfg: Config, trusted: tuple[str, ...], stage: str, folder: Path, p
     place_of = callbacks.index(checkpointing)
     callbacks[place_of:place_of] = watching  # before a checkpoint of what they find
     if (ema := settings_node["ema"]) is not None and ema["lengths"]:  # before the checkpoint of the same step
-        averages = Averages(Snapshots(paths.ema), ema["snapshot_every"], getattr(torch, ema["snapshot_dtype"]))
+        averages = AverageSnapshots(Snapshots(paths.ema), ema["snapshot_every"], getattr(torch, ema["snapshot_dtype"]))
         callbacks.insert(callbacks.index(checkpointing), averages)
     trainer = make_trainer(cfg["trainer"], precision, callbacks, folder, place)
     well = False
@@ -168,7 +169,7 @@ def run_stage(cfg: Config, trusted: tuple[str, ...], stage: str, folder: Path, p
                 monitor.close(timeout_s=30.0 if well else 5.0)
         if place.rank == 0:
             _summarise(stage, data, checkpointing.bad_samples["counts"], recorder.captions_cut, paths)
-        number = part(stop.received)
+        number = leave_together(stop.received)
     finally:
         stop.restore()
     if number is not None:
@@ -241,7 +242,7 @@ def _announce(stage: str, module: StageModule, node: Config, place: Place, micro
         flush=True,
     )
     lanes = data.order_fingerprint["lanes"]
-    if place.world_size not in (sizes := efficient_sizes(node["batch_size"], lanes)):
+    if place.world_size not in (sizes := efficient_sizes(node["batch_size"], lanes, node["accumulate"])):
         print(
             f"{stage}: {place.world_size} processes do not fit {lanes} lanes: some read what they do not need; "
             f"{', '.join(map(str, sizes))} would not (docs/scaling.md)",

@@ -83,13 +83,13 @@ class StopOnSignal(pl.Callback):
 
     Before training has begun a signal ends it there. Afterwards it sets `module.stop_due`, which the next step tells
     to all ranks.
-    alone: this is the only process of the job, and a second signal, a second or more after the first, leaves at once
-    with code 75; the previous checkpoint is intact. Of several processes the launcher decides that.
+    only_process: the job has no other, and a second signal, a second or more after the first, leaves at once with code
+    75; the previous checkpoint is intact. Of several processes the launcher decides that.
     """
 
-    def __init__(self, module: StageModule, *, alone: bool) -> None:
+    def __init__(self, module: StageModule, *, only_process: bool) -> None:
         self.received: int | None = None
-        self._module, self._alone = module, alone
+        self._module, self._only_process = module, only_process
         self._began = False
         self._since = 0.0
         self._old: dict[int, Any] = {}
@@ -110,7 +110,7 @@ class StopOnSignal(pl.Callback):
             self._module.stop_due = True
             if not self._began:
                 leave_now(number, frame)
-        elif self._alone and number != signal.SIGUSR1 and time.monotonic() - self._since > REPEAT_S:
+        elif self._only_process and number != signal.SIGUSR1 and time.monotonic() - self._since > REPEAT_S:
             os.write(2, (left_at_once().line() + "\n").encode())  # of print's buffers nobody knows the state here
             os._exit(TEMPORARY)
 

@@ -105,12 +105,6 @@ def test_one_tensor_stays_one_tensor():
     assert len(tensors) == 2 and tree["a"] is tree["b"][0] and tree["view"].tolist() == [1, 1]
 
 
-def test_channels_last_is_kept():
-    tensor = torch.rand(2, 3, 4, 5).contiguous(memory_format=torch.channels_last)
-    restored = round_trip([tensor])[0]
-    assert restored.stride() == tensor.stride() and torch.equal(restored, tensor)
-
-
 def test_tied_weights_are_stored_once():
     model = torch.nn.Sequential(torch.nn.Embedding(5, 3), torch.nn.Linear(3, 5, bias=False))
     model[1].weight = model[0].weight

@@ -7,6 +7,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -316,10 +317,14 @@ def test_a_vanished_folder_fails_the_save(ckpt):
         save(ckpt, 2)
 
 
-def test_space_can_be_checked_at_the_start(ckpt):
-    ckpt.check_space(1000)
+def test_space_and_time_are_estimated_at_the_start(ckpt, monkeypatch):
+    sync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda handle: (sync(handle), time.sleep(0.05)))
+    assert ckpt.expect(2**20) >= 0.05
+    assert ckpt.expect(2**30) >= 0.05 * 2**30 / store._PROBE  # from a part of it
     with pytest.raises(SaveFailed, match=r"need 1200000000.0 GB, have .* GB; free space and rerun"):
-        ckpt.check_space(10**18)
+        ckpt.expect(10**18)
+    assert [entry.name for entry in ckpt.folder.iterdir() if "probe" in entry.name] == []
 
 
 def test_without_space_no_byte_is_written(ckpt, monkeypatch):

@@ -202,3 +202,7 @@ def test_pictures_that_do_not_fit_into_shared_memory_are_announced(tmp_path, mon
         monkeypatch.setattr("ldm.data.loader.shutil.disk_usage", lambda _, usage=usage: usage)
         dm.train_dataloader()
         assert ("shared memory" in caplog.text) == warned
+    caplog.clear()
+    monkeypatch.setattr("ldm.data.loader.shutil.disk_usage", lambda _: SimpleNamespace(free=needed))
+    configured(write_shards(tmp_path / "two", [8]), num_workers=2, ranks_here=2).train_dataloader()
+    assert "4 workers" in caplog.text

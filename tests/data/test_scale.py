@@ -105,6 +105,7 @@ def test_a_node_reads_its_own_lanes_alone():
 def test_the_numbers_of_processes_that_fit_the_lanes():
     assert efficient_sizes(48, 8) == [1, 2, 4, 8, 16, 24, 48]  # not 3, 6 and 12, which divide the batch
     assert efficient_sizes(2048, 8)[-3:] == [512, 1024, 2048]
+    assert efficient_sizes(48, 8, accumulate=4) == [1, 2, 4]  # of 12, what each accumulates
 
 
 def test_buckets_are_planned_alike_on_all_ranks():

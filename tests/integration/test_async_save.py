@@ -52,3 +52,14 @@ def test_a_full_disk_is_survived_so_often_and_then_ends_the_run(shards, tmp_path
         train(config(shards, tmp_path / "b", *words, steps=8, save_every=1))
     assert ended.value.exit_code == 75
     assert Store(tmp_path / "b/tiny/autoencoder/ckpt").steps() == [1]
+
+
+def test_too_little_space_or_time_is_said_after_the_first_step(shards, tmp_path, monkeypatch, caplog):
+    words = ("stages=[autoencoder]", "checkpoint.grace_s=0")
+    train(config(shards, tmp_path / "a", *words, steps=2))
+    assert caplog.text.count("a checkpoint of") == 1 and "checkpoint.grace_s=0" in caplog.text
+    caplog.clear()
+    monkeypatch.setattr(Store, "_free", lambda self: 1000)
+    with pytest.raises(LdmError, match="DISK"):
+        train(config(shards, tmp_path / "b", *words, steps=2))
+    assert "training goes on, and 4 failed saves end it" in caplog.text

@@ -15,7 +15,7 @@ from ldm.model import LatentDiffusion, load_autoencoder
 from ldm.tools.ema import weighted_sum
 from ldm.training.ema import EMA
 from ldm.training.fit import train
-from ldm.training.posthoc import fit
+from ldm.training.posthoc import solve
 from tests.integration.test_processes import SGD
 from tests.integration.test_resume import live_through
 from tests.integration.tiny import command, compare_runs, config, first_difference, overrides
@@ -99,7 +99,7 @@ def test_an_average_that_was_not_kept_is_made_of_those_that_were(averaged):
     nearest = float((made_of - tracked).norm(dim=1).min())
 
     def distance(lengths):
-        found = fit([(u, lengths[own]) for _, _, u, own in keys], STEPS, 0.07)
+        found = solve([(u, lengths[own]) for _, _, u, own in keys], STEPS, 0.07)
         weights = {(step, name): w for (step, name, _, _), w in zip(keys, found.weights, strict=True)}
         return float((flat(weighted_sum(snapshots, weights)) - tracked).norm())
 

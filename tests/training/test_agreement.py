@@ -5,7 +5,7 @@ import torch
 
 from ldm.errors import UNCLASSIFIED, LdmError
 from ldm.training import agreement
-from ldm.training.agreement import compare, hashes, tensor_hash
+from ldm.training.agreement import compare_ranks, hashes, tensor_hash
 
 
 def test_every_flipped_bit_is_seen():
@@ -82,11 +82,11 @@ def test_ranks_that_differ_are_named(monkeypatch):
     good = {"a": torch.ones(3), "b": torch.ones(2), "c": torch.ones(1)}
     bad = {**good, "b": torch.tensor([1.0, 1.0 + 2**-23]), "c": torch.zeros(1)}
     ranks(monkeypatch, good, good)
-    compare(good, torch.device("cpu"), 7)
+    compare_ranks(good, torch.device("cpu"), 7)
     ranks(monkeypatch, good, bad)
     with pytest.raises(LdmError, match=r"DIVERGED.*step 7; b, 2 of 3 tensors; .*rank 2 from the other 2") as e:
-        compare(good, torch.device("cpu"), 7)
+        compare_ranks(good, torch.device("cpu"), 7)
     assert e.value.exit_code == UNCLASSIFIED
     ranks(monkeypatch, bad)
     with pytest.raises(LdmError, match="it differs: rank 0 from rank 1"):
-        compare(good, torch.device("cpu"), 7)
+        compare_ranks(good, torch.device("cpu"), 7)

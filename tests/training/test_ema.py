@@ -12,10 +12,10 @@ from ldm.checkpoints.snapshots import Snapshot, Snapshots
 from ldm.checkpoints.store import Store
 from ldm.cli import compose
 from ldm.errors import LdmError
-from ldm.training.callbacks.averages import Averages
+from ldm.training.callbacks.average_snapshots import AverageSnapshots
 from ldm.training.ema import EMA, LONGEST, HalfLife, PowerFunction, profiles_of
 from ldm.training.fingerprint import settings_of
-from ldm.training.posthoc import expressible, fit, inner_products
+from ldm.training.posthoc import expressible, inner_products, solve
 from ldm.validate import validate
 
 STORED = [(1000 * i, length) for i in range(1, 9) for length in (0.05, 0.1)]
@@ -136,7 +136,7 @@ def counted_fast(length, updates):
 @pytest.mark.parametrize("length", [0.04, 0.07, 0.15, 0.2])
 def test_the_predicted_error_is_that_of_the_profile(length):
     updates = STORED[-1][0]
-    found = fit(STORED, updates, length)
+    found = solve(STORED, updates, length)
     wanted = counted_fast(length, updates)
     off = profile_of(STORED, found.weights, updates) - wanted
     assert abs(float(off.norm() / wanted.norm()) - found.error) < 0.01 * found.error
@@ -147,7 +147,7 @@ def test_the_predicted_error_is_that_of_the_profile(length):
 
 def test_no_other_combination_is_closer():
     updates, length = STORED[-1][0], 0.12
-    found = fit(STORED, updates, length)
+    found = solve(STORED, updates, length)
     wanted = counted_fast(length, updates)
     best = float((profile_of(STORED, found.weights, updates) - wanted).norm())
     for seed in range(20):
@@ -157,7 +157,7 @@ def test_no_other_combination_is_closer():
 
 
 def test_what_is_stored_is_taken_as_it_is():
-    found = fit(STORED, 8000, 0.1)
+    found = solve(STORED, 8000, 0.1)
     expected = [float(key == (8000, 0.1)) for key in STORED]
     assert found.error < 1e-6 and max(abs(a - b) for a, b in zip(found.weights, expected, strict=True)) < 1e-9
 
@@ -165,13 +165,13 @@ def test_what_is_stored_is_taken_as_it_is():
 def test_some_lengths_are_out_of_reach():
     possible = expressible(STORED, 8000, 0.1)
     assert (possible[0], possible[-1]) == (0.035, 0.215) and 0.1 in possible  # of eight snapshots of two lengths
-    assert fit(STORED, 8000, 0.01).error > 0.4 and fit(STORED[:1], 1000, 0.05).weights == pytest.approx([1.0])
+    assert solve(STORED, 8000, 0.01).error > 0.4 and solve(STORED[:1], 1000, 0.05).weights == pytest.approx([1.0])
     assert expressible(STORED[:1], 8000, 0.1) == []
 
 
 def test_snapshots_between_which_nothing_moved_do_not_break_it():
     twice = [*STORED, STORED[-1]]
-    assert abs(fit(twice, 8000, 0.07).error - fit(STORED, 8000, 0.07).error) < 1e-6
+    assert abs(solve(twice, 8000, 0.07).error - solve(STORED, 8000, 0.07).error) < 1e-6
 
 
 # ---- settings and snapshots
@@ -227,7 +227,7 @@ def a_module(ema, every=2):
 def test_rank_0_writes_a_snapshot_when_it_is_due(tmp_path):
     ema = EMA({"w": nn.Parameter(torch.ones(3) / 3)}, HalfLife(5, 1), [HalfLife(9, 1), PowerFunction(0.1)])
     for first, every, written in ((False, 2, []), (True, 3, []), (True, 2, [4])):
-        callback = Averages(Snapshots(tmp_path / "ema"), every, torch.float16)
+        callback = AverageSnapshots(Snapshots(tmp_path / "ema"), every, torch.float16)
         callback.on_train_batch_end(SimpleNamespace(is_global_zero=first), a_module(ema))
         assert Store(tmp_path / "ema").steps() == written
     snapshots = Snapshots(tmp_path / "ema")
@@ -239,7 +239,7 @@ def test_a_full_disk_costs_a_snapshot_and_not_the_training(tmp_path, monkeypatch
     ema = EMA({"w": nn.Parameter(torch.ones(3))}, HalfLife(5, 1), [PowerFunction(0.1)])
     monkeypatch.setattr(Store, "_free", lambda self: 10)
     with caplog.at_level(logging.WARNING):
-        callback = Averages(Snapshots(tmp_path / "ema"), 2, torch.float32)
+        callback = AverageSnapshots(Snapshots(tmp_path / "ema"), 2, torch.float32)
         callback.on_train_batch_end(SimpleNamespace(is_global_zero=True), a_module(ema))
     assert "error[DISK]" in caplog.text and "this snapshot of the averages is missing" in caplog.text
     assert Store(tmp_path / "ema").steps() == []

@@ -116,3 +116,18 @@ def test_what_differs_between_the_ranks_is_named(monkeypatch):
     ranks({"settings.seed": "1", "versions.ldm": '"2"'})
     with pytest.raises(LdmError, match=r"settings\.seed, versions\.ldm; settings\.seed; rank 0: 0, rank 2: 1"):
         check_agreement(settings={"seed": 0, "name": "a"}, versions={"torch": "1"})
+
+
+def test_the_short_limit_begins_behind_the_first_step(monkeypatch):
+    """Compiling, or workers that start, may make the first one long."""
+    limits, clock = [], [0.0]
+    monkeypatch.setattr(group, "set_timeout", limits.append)
+    monkeypatch.setattr(group.time, "monotonic", lambda: clock[0])
+    timeouts = group.Timeouts()
+    for pause, work in ((0, 900), (1, 900), (400, 1), (1, 1)):
+        clock[0] += pause
+        timeouts.on_train_batch_start(None, None)
+        clock[0] += work
+        timeouts.on_train_batch_end(None, None)
+    timeouts.on_train_end(None, None)
+    assert [limit.total_seconds() for limit in limits] == [600, 1600, 1800]

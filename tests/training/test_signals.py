@@ -27,7 +27,7 @@ def clock(monkeypatch):
 @pytest.fixture
 def stop():
     module = SimpleNamespace(stop_due=False)
-    stop = StopOnSignal(module, alone=True)
+    stop = StopOnSignal(module, only_process=True)
     yield stop
     stop.restore()
 
@@ -66,7 +66,7 @@ def test_only_a_second_request_leaves_at_once(stop, clock, capfd):
 
 
 def test_of_several_processes_none_leaves_alone(clock):
-    stop = StopOnSignal(SimpleNamespace(stop_due=False), alone=False)
+    stop = StopOnSignal(SimpleNamespace(stop_due=False), only_process=False)
     stop.on_train_start(None, None)
     for clock.now in (0, 10, 20):
         send(signal.SIGTERM)
@@ -77,6 +77,6 @@ def test_of_several_processes_none_leaves_alone(clock):
 def test_what_was_before_comes_back():
     before = [signal.getsignal(number) for number in signals.STOPS]
     with handling(leave_now):
-        StopOnSignal(SimpleNamespace(stop_due=False), alone=True).restore()
+        StopOnSignal(SimpleNamespace(stop_due=False), only_process=True).restore()
         assert signal.getsignal(signal.SIGTERM) is leave_now
     assert before == [signal.getsignal(number) for number in signals.STOPS]

@@ -14,7 +14,8 @@ import torch
 
 from ldm import __version__
 from ldm.checkpoints.background import DEADLINE_S, Result, Writer
-from ldm.checkpoints.store import Store
+from ldm.checkpoints.codec import split
+from ldm.checkpoints.store import SaveFailed, Store
 from ldm.errors import LdmError
 from ldm.training.agreement import check_ranks
 from ldm.training.callbacks.validation import Validation
@@ -56,6 +57,7 @@ class Checkpointing(pl.Callback):
         self.grace_s = grace_s
         self._result, self._failed = Result(), 0.0
         self._last = time.monotonic()
+        self._estimated = False
 
     def on_train_batch_start(self, trainer: pl.Trainer, module: StageModule, *_: object) -> None:  # type: ignore[override]
         elapsed = time.monotonic() - self._last
@@ -68,6 +70,8 @@ class Checkpointing(pl.Callback):
         outcome = module.outcome
         if outcome is None:
             return
+        if trainer.is_global_zero and not self._estimated:
+            self._estimate(module)
         self._report(trainer, outcome.failed_saves)
         if module.step.train_step >= module.settings.max_steps:
             return
@@ -85,6 +89,23 @@ class Checkpointing(pl.Callback):
         """
         with contextlib.suppress(LdmError):
             self.writer.join(self.grace_s if trainer.world_size == 1 else min(5.0, self.grace_s))
+
+    def _estimate(self, module: StageModule) -> None:
+        """After the first step, when the whole state exists: does it fit, and into the time that a stop leaves?"""
+        self._estimated = True
+        tensors, _ = split([module.tensors(), module.trees()])
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        try:
+            seconds = self.writer.store.expect(size)
+        except SaveFailed as error:
+            log.warning("%s; training goes on, and %d failed saves end it", error.line(), self.max_failed_saves + 1)
+            return
+        if seconds > self.grace_s:
+            log.warning(
+                "a checkpoint of %.3g GB takes about %.0f s here, a stop leaves it checkpoint.grace_s=%g: raise that, and "
+                "what your launcher leaves after a signal",
+                *(size / 1e9, seconds, self.grace_s),
+            )
 
     def save(self, trainer: pl.Trainer, module: StageModule, *, wait: bool, finished: bool = False) -> None:
         """wait: nobody goes on before the commit, and if it fails, nobody goes on."""

@@ -15,7 +15,7 @@ from ldm.training.stage_module import StageModule
 log = logging.getLogger(__name__)
 
 
-class Averages(pl.Callback):
+class AverageSnapshots(pl.Callback):
     """The power-function averages, every `every` steps and after the last, before the checkpoint of that step.
 
     dtype: of the files.   A snapshot that the disk refuses is missing, which is said: training does not need it.
