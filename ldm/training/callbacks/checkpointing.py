@@ -93,7 +93,7 @@ class Checkpointing(pl.Callback):
     def _estimate(self, module: StageModule) -> None:
         """After the first step, when the whole state exists: does it fit, and into the time that a stop leaves?"""
         self._estimated = True
-        tensors, _ = split([module.tensors(), module.trees()])
+        tensors, _ = split([*map(dict, module.tensors().values()), module.trees()])
         size = sum(tensor.nbytes for tensor in tensors.values())
         try:
             seconds = self.writer.store.expect(size)
@@ -102,8 +102,8 @@ class Checkpointing(pl.Callback):
             return
         if seconds > self.grace_s:
             log.warning(
-                "a checkpoint of %.3g GB takes about %.0f s here, a stop leaves it checkpoint.grace_s=%g: raise that, and "
-                "what your launcher leaves after a signal",
+                "a checkpoint of %.3g GB takes about %.0f s here, and a stop leaves it checkpoint.grace_s=%g: raise "
+                "that, and what your launcher leaves after a signal",
                 *(size / 1e9, seconds, self.grace_s),
             )
 
