@@ -67,33 +67,49 @@ if __name__ == "__main__":
 """
 
 
+def in_double(folder, data, stage, *more, ranks, steps):
+    """One stage in float64, as torchrun starts it."""
+    words = overrides(data, folder, *more, f"stages=[{stage}]", "trainer.accelerator=cpu", steps=steps)
+    script, port, running = folder.parent / "double.py", free_port(), []
+    script.write_text(_IN_DOUBLE)
+    for rank in range(ranks):
+        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "PYTHONPATH": str(ROOT)}
+        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+        options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "cwd": ROOT}
+        command = [sys.executable, str(script), json.dumps(words)]
+        running.append(subprocess.Popen(command, env={**os.environ, **place}, **options))
+    said = [process.communicate(timeout=250)[0] for process in running]
+    assert not any(process.returncode for process in running), said
+    return said[0]
+
+
 def test_weights_in_float64_equal_to_rounding(shards, tmp_path):
-    """AdamW, both stages, a discriminator, two ranks against one: what differs is the order of summation alone."""
-    (tmp_path / "double.py").write_text(_IN_DOUBLE)
-    more = ["stage.diffusion.cache_latents_mb=0", "stage.autoencoder.ema=null", "stage.diffusion.ema=null", *GAN]
-
-    def run(folder, ranks):
-        for stage in ("autoencoder", "diffusion"):
-            port, running = free_port(), []
-            for rank in range(ranks):
-                words = overrides(shards, tmp_path / folder, *more, f"stages=[{stage}]", "trainer.accelerator=cpu")
-                place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "PYTHONPATH": str(ROOT)}
-                place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-                command = [sys.executable, str(tmp_path / "double.py"), json.dumps(words)]
-                options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "cwd": ROOT}
-                running.append(subprocess.Popen(command, env={**os.environ, **place}, **options))
-            said = [process.communicate(timeout=250)[0] for process in running]
-            assert not any(process.returncode for process in running), said
-
-    run("one", 1)
-    run("two", 2)
+    """AdamW, both stages, a discriminator: one process, three ranks that do not fit the four lanes, and two ranks, one,
+    and two again, a third of the way each. What differs is the order of summation alone.
+    """
+    stages = ("autoencoder", "diffusion")
+    more = ["stage.diffusion.cache_latents_mb=0", "data.lanes=4", *GAN]
+    for stage in stages:
+        more += [f"stage.{stage}.ema=null", f"stage.{stage}.batch_size=12"]
+        more += [f"lr_schedule@stage.{stage}.lr_schedule=constant"]
+    for stage in stages:
+        allow = f"resume.allow=[stage.{stage}.max_steps]"
+        in_double(tmp_path / "one", shards, stage, *more, allow, ranks=1, steps=12)
+        in_double(tmp_path / "three", shards, stage, *more, allow, ranks=3, steps=12)
+        for ranks, steps in ((2, 4), (1, 8), (2, 12)):
+            said = in_double(tmp_path / "elastic", shards, stage, *more, allow, ranks=ranks, steps=steps)
+            assert steps == 4 or "world_size; checkpoint" in said
     for stage, what in (("autoencoder", "model"), ("autoencoder", "objective"), ("diffusion", "model")):
-        a, b = (Store(tmp_path / folder / "tiny" / stage / "ckpt").newest().tensors(what) for folder in ("one", "two"))
-        assert a.keys() == b.keys()
-        for name, weight in a.items():
-            if weight.is_floating_point() and not name.startswith("statistics"):
-                assert weight.dtype == torch.float64, name
-                np.testing.assert_allclose(weight, b[name], rtol=1e-9, atol=1e-11, err_msg=f"{stage} {name}")
+        one, *others = (
+            Store(tmp_path / folder / "tiny" / stage / "ckpt").newest().tensors(what)
+            for folder in ("one", "three", "elastic")
+        )
+        for other in others:
+            assert one.keys() == other.keys()
+            for name, weight in one.items():
+                if weight.is_floating_point() and not name.startswith("statistics"):
+                    assert weight.dtype == torch.float64, name
+                    np.testing.assert_allclose(weight, other[name], rtol=1e-9, atol=1e-11, err_msg=f"{stage} {name}")
 
 
 def test_another_batch_would_be_noticed(shards, tmp_path):
