@@ -17,7 +17,7 @@ from ldm.checkpoints.store import Store
 from tests.integration.tiny import GAN, ROOT, children, compare_runs, history, metrics, overrides
 
 STAGES = ("autoencoder", "diffusion")
-TWO_RANKS = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]
+TWO_RANKS = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "checkpoint.async_save=true"]
 BEHIND = ["checkpoint.async_save=true", "loader.num_workers=2", "stage.autoencoder.accumulate=2"]
 
 _RECORDING = """
