@@ -78,7 +78,7 @@ class Run:
         else:
             self.wait_for_steps(process, rng.randint(1, 7))
             time.sleep(rng.uniform(0, 0.06))
-        victims = [process.pid, *children(process.pid, "multiprocessing")] if whom == "any" else [process.pid]
+        victims = [process.pid, *children(process.pid, "spawn_main")] if whom == "any" else [process.pid]
         os.kill(rng.choice(victims), signal.SIGKILL)
         output, _ = process.communicate(timeout=60)
         assert process.returncode in (-signal.SIGKILL, 1), output
