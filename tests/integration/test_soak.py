@@ -1,6 +1,6 @@
 """A hundred lives: the command is killed at random again and again, and its end is that of the run nobody disturbed.
 
-`make soak` runs this; it takes about twenty minutes.
+`make soak` runs this; it takes about a quarter of an hour.
 """
 
 import json
@@ -104,6 +104,7 @@ class Run:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize(
     ("kills", "steps", "whom", "more"),
     [(40, 100, "it", []), (30, 80, "it", BEHIND), (30, 80, "any", TWO_RANKS)],
