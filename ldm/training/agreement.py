@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ldm.errors import UNCLASSIFIED, LdmError
-from ldm.training.ranks import several
-from ldm.training.stage_module import StageModule, gathered
+from ldm.training.ranks import gathered, several
+from ldm.training.stage_module import StageModule
 
 _CHUNK = {"cpu": 2**16, "device": 2**22}  # words of 8 bytes: what fits the cache, or few launches and 32 MB
 _PLACE, _FIRST, _SECOND = (

@@ -20,8 +20,8 @@ from torch.distributed import distributed_c10d
 
 from ldm.errors import TEMPORARY, LdmError
 from ldm.training.place import Config, Place
+from ldm.training.ranks import gathered
 from ldm.training.signals import STOPS
-from ldm.training.stage_module import gathered
 
 START_TIMEOUT = timedelta(minutes=30)
 """Until the first step: one rank may index, copy or measure while the others wait."""

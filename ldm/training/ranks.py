@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,6 +27,15 @@ def alone() -> Iterator[None]:
         yield
     finally:
         _alone = before
+
+
+def gathered(value: Any) -> list[Any]:
+    """What every rank has, in the order of the ranks; every rank takes part."""
+    if not several():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def of_all_ranks(x: Tensor) -> Tensor:

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -19,7 +18,7 @@ from ldm.model import load_weights
 from ldm.random import Draws, run_key, seed_modules
 from ldm.training.ema import EMA, Profile
 from ldm.training.nonfinite import NOT_FOUND, in_words, origin_of_step
-from ldm.training.ranks import several
+from ldm.training.ranks import gathered
 from ldm.training.step import MAX_CONSECUTIVE_SKIPS, OptimizerStep, Outcome, Player, Scaler, per_device
 from ldm.types import Batch
 
@@ -274,12 +273,3 @@ class StageModule(pl.LightningModule):
         if self.step.ema is not None:
             groups |= self.step.ema.files()
         return groups
-
-
-def gathered(value: Any) -> list[Any]:
-    """What every rank has, in the order of the ranks; every rank takes part."""
-    if not several():
-        return [value]
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values

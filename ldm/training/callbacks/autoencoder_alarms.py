@@ -14,7 +14,7 @@ from torch import Tensor
 from ldm.training.autoencoder_module import AutoencoderModule
 from ldm.training.callbacks.alarms import LEAST, WINDOW, Alarms, Finding
 from ldm.training.callbacks.validation import Validation
-from ldm.training.stage_module import gathered
+from ldm.training.ranks import gathered
 from ldm.types import Batch
 
 MIN_GAP = 0.01  # between the mean logits of pictures and reconstructions, and of the discriminator's loss from 0

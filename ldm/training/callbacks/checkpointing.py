@@ -19,7 +19,8 @@ from ldm.checkpoints.store import SaveFailed, Store
 from ldm.errors import LdmError
 from ldm.training.agreement import check_ranks
 from ldm.training.callbacks.validation import Validation
-from ldm.training.stage_module import StageModule, gathered
+from ldm.training.ranks import gathered
+from ldm.training.stage_module import StageModule
 
 log = logging.getLogger(__name__)
 VERSIONS = {"ldm": __version__, "torch": str(torch.__version__), "python": platform.python_version()}
