@@ -41,6 +41,7 @@ from ldm.build import build
 from ldm.config import compose
 from ldm.data.cache import Cache
 from ldm.data.datamodule import DataModule
+from ldm.errors import check
 from ldm.random import Draws, run_key
 from ldm.tools.cache import cache
 from ldm.tools.cache_options import Options as CacheOptions
@@ -219,6 +220,7 @@ def main(arguments: Sequence[str]) -> None:
         turn = Turn(options["steps"], sys.stdout)
         with contextlib.redirect_stdout(sys.stderr), contextlib.suppress(KeyboardInterrupt):
             return child(options, turn)
+    check(options["rounds"] >= 2, "CONFIG", f"rounds={options['rounds']} is refused", limit="at least 2")
     with tempfile.TemporaryDirectory(prefix="ldm-engine-") as folder:
         options["folder"] = folder
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):

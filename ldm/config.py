@@ -20,7 +20,7 @@ from ldm.errors import LdmError, nearest, raise_all
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 OPEN = (  # mappings whose keys are the user's own
     *("columns", "data.columns", "stage.diffusion.sample_columns"),
-    *(f"stage.{stage}.param_groups" for stage in ("autoencoder", "diffusion", "features")),
+    *("stage.autoencoder.param_groups", "stage.diffusion.param_groups", "stage.features.param_groups"),
 )
 TEMPLATES = ("data.caption", "data.caption_prefix", "data.caption_suffix")  # texts: braces in them are no dicts
 VERBATIM = ("prompt", "negative_prompt", "prompts_file")  # any text, never parsed

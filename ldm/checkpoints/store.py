@@ -213,17 +213,12 @@ class Store:
         Raises SaveFailed unless it fits, with room to spare.
         """
         part = min(size, _PROBE)
-        temp = files.temporary(self.folder / "probe")
-        began = time.perf_counter()
         try:
             self._require_space(size)
-            with files.new_file(temp) as file:
-                file.write(bytes(part))
+            latency, whole = self._probe(1), self._probe(part)
         except OSError as error:
             raise self._failed(error, size) from error
-        finally:
-            temp.unlink(missing_ok=True)
-        return (time.perf_counter() - began) * size / max(1, part)
+        return latency + max(0.0, whole - latency) * size / max(1, part)
 
     def truncate(self, step: int) -> list[int]:
         """Rename the checkpoints newer than `step` to `abandoned-...`, once `step` is known to be valid."""
@@ -310,6 +305,17 @@ class Store:
             return manifest.read(self.path(step))["score"]
         except LdmError:
             return None
+
+    def _probe(self, size: int) -> float:
+        """Seconds for a file of that size, of bytes that no filesystem makes smaller."""
+        temp, content = files.temporary(self.folder / "probe"), os.urandom(size)
+        began = time.perf_counter()
+        try:
+            with files.new_file(temp) as file:
+                file.write(content)
+            return time.perf_counter() - began
+        finally:
+            temp.unlink(missing_ok=True)
 
     def _require_space(self, size: int) -> None:
         if self._free() < _HEADROOM * size:

@@ -158,7 +158,7 @@ def _resident_mb(pid: int) -> int:
 
 def warn_of_shared_memory(num_workers: int, batch_bytes: int) -> None:
     """Says so where the batches that wait in shared memory may not fit: a worker would die of it, without a word."""
-    if not num_workers or not os.path.isdir("/dev/shm"):
+    if not os.path.isdir("/dev/shm"):
         return
     needed, free = num_workers * PREFETCH * batch_bytes, shutil.disk_usage("/dev/shm").free
     if needed > free:

@@ -12,8 +12,10 @@ from torch import nn
 
 from ldm.errors import LdmError
 
-MAX_SHAPES = 256
-"""How many shapes of batch may be compiled before the rest runs as it is; a plan of buckets has a few dozen."""
+ENTRIES = 100_000
+"""How often torch may compile the code of one class, for each shape and each network of it. Beyond its own limit of 8
+the rest would run as it is, and what that is depends on what came first.
+"""
 
 
 def check_compiler(node: Mapping[str, Any]) -> None:
@@ -29,14 +31,17 @@ def check_compiler(node: Mapping[str, Any]) -> None:
 
 
 def accelerate(networks: Iterable[nn.Module], node: Mapping[str, Any]) -> None:
-    """Prepares `networks` in place as `trainer` says; names of parameters and results to rounding stay as they are.
+    """Prepares `networks` in place as `trainer` says; names of parameters, draws, and results to rounding stay.
 
     Each shape is compiled by itself. A kernel for all shapes would depend on which came first, and that is another one
     after a resume.
     """
     for network in networks:
         if node["channels_last"]:
-            network.to(memory_format=torch.channels_last)
+            for parameter in (p for p in network.parameters() if p.ndim == 4):
+                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
         if node["compile"]:
-            torch._dynamo.config.recompile_limit = max(MAX_SHAPES, torch._dynamo.config.recompile_limit)
             network.compile(dynamic=False)
+    if node["compile"]:
+        torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = ENTRIES
+        torch._inductor.config.fallback_random = True  # dropout as without compiling

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from ldm.models.autoencoder.convolutional import ConvolutionalAutoencoder
 from ldm.models.autoencoder.identity import Identity
 from ldm.random import Purpose, fold, run_key
 from ldm.reconstruction.perceptual import FeatureDistance
-from ldm.training.autoencoder_module import AutoencoderModule
+from ldm.training.autoencoder_module import DECODER, AutoencoderModule
 from ldm.training.diffusion_module import DiffusionModule
 from ldm.training.ema import profiles_of
 from ldm.training.features_module import FeaturesModule
@@ -39,7 +40,7 @@ def check_parts(cfg: Config, trusted: tuple[str, ...] = ()) -> None:
     if "features" in cfg["stages"]:
         with torch.device("meta"):
             features = build(cfg["model"]["features"], where="model.features", trusted=trusted)
-        check_param_groups(cfg, "features", features, trusted)
+        check_param_groups(cfg, "features", features.named_parameters(), trusted)
     if set(cfg["stages"]) != {"features"}:
         check_model(cfg, trusted)
     check_source(cfg, trusted)
@@ -56,7 +57,9 @@ def check_model(cfg: Config, trusted: tuple[str, ...] = ()) -> None:
         check_averages(cfg)
         with torch.device("meta"):
             autoencoder = build(cfg["model"]["autoencoder"], where="model.autoencoder", trusted=trusted)
-        check_param_groups(cfg, "autoencoder", autoencoder, trusted)
+        trained = [(n, p) for n, p in autoencoder.named_parameters() if n.startswith(DECODER) or not decoder_only(cfg)]
+        logvar = nn.Parameter(torch.zeros(()), requires_grad=cfg["stage"]["autoencoder"]["objective"]["learn_logvar"])
+        check_param_groups(cfg, "autoencoder", [*trained, ("objective.logvar", logvar)], trusted)
     if "diffusion" not in cfg["stages"]:
         return
     model = cfg["model"]
@@ -66,8 +69,8 @@ def check_model(cfg: Config, trusted: tuple[str, ...] = ()) -> None:
             for key in ("autoencoder", "network", "conditioner")
         )
     check_fit(autoencoder, conditioner, network)
-    trained = nn.ModuleDict({"conditioner": conditioner, "denoiser": nn.ModuleDict({"network": network})})
-    check_param_groups(cfg, "diffusion", trained, trusted)
+    parts = nn.ModuleDict({"conditioner": conditioner, "denoiser": nn.ModuleDict({"network": network})})
+    check_param_groups(cfg, "diffusion", parts.named_parameters(), trusted)
     build(cfg["data"], where="data", trusted=trusted)  # has its own words about its settings
     offered = {"caption", *(cfg["data"].get("columns") or {})}
     for name in conditioner.reads:
@@ -94,21 +97,25 @@ def check_model(cfg: Config, trusted: tuple[str, ...] = ()) -> None:
         )
 
 
-def check_param_groups(cfg: Config, stage: str, model: nn.Module, trusted: tuple[str, ...] = ()) -> None:
+def check_param_groups(
+    cfg: Config, stage: str, named: Iterable[tuple[str, nn.Parameter]], trusted: tuple[str, ...] = ()
+) -> None:
     """Refuses groups that are left without parameters, and settings that the optimizer does not have."""
     where, node = f"stage.{stage}.param_groups", cfg["stage"][stage]
-    grouped({name: p for name, p in model.named_parameters() if p.requires_grad}, node["param_groups"], where)
+    grouped({name: p for name, p in named if p.requires_grad}, node["param_groups"], where)
     optimizer = build(node["optimizer"], where=f"stage.{stage}.optimizer", trusted=trusted)
     one = [nn.Parameter(torch.zeros(1))]
     for pattern, settings in node["param_groups"].items():
         known = optimizer(one).defaults
         for name in settings.keys() - known.keys():
             what = f"the optimizer has no setting {name!r}"
-            raise LdmError("CONFIG", what, where=f"{where}.{pattern}", next=nearest(name, known))
+            braces = f"a part whose name has dots goes into braces: {where}={{{pattern}.{name}:{{...}}}}"
+            hint = braces if isinstance(settings[name], dict) else nearest(name, known)
+            raise LdmError("CONFIG", what, where=f"{where}.{pattern}", next=hint)
         try:
             optimizer(one, **settings)
-        except (TypeError, ValueError) as error:
-            raise LdmError("CONFIG", str(error), where=f"{where}.{pattern}") from error
+        except (TypeError, ValueError, IndexError) as error:
+            raise LdmError("CONFIG", f"{settings}: {error}", where=f"{where}.{pattern}") from error
 
 
 def check_averages(cfg: Config) -> None:

@@ -38,7 +38,9 @@ def settings_of(cfg: Config, stage: str) -> dict[str, Any]:
         _flatten(flat, "data.bucket", bucket)
     for key in ("max_steps", "batch_size", "grad_clip", "optimizer", "lr_schedule"):
         _flatten(flat, f"stage.{stage}.{key}", node[key])
-    _flatten(flat, f"stage.{stage}.param_groups", node["param_groups"])
+    if node["param_groups"]:  # left out by default, as above; of several that fit the first decides
+        flat[f"stage.{stage}.param_groups"] = list(node["param_groups"])
+        _flatten(flat, f"stage.{stage}.param_groups", node["param_groups"])
     _flatten(flat, f"stage.{stage}.ema", _averages(node["ema"]))
     if stage == "autoencoder":
         later = {k: p.default for k, p in signature(ReconstructionObjective).parameters.items() if k not in _OBJECTIVE}

@@ -233,7 +233,7 @@ def make_trainer(node: Config, precision: str, callbacks: list[pl.Callback], fol
 def _announce(stage: str, module: StageModule, node: Config, place: Place, micro_batch: int, data: DataModule) -> None:
     count = sum(p.numel() for p in module.trained().parameters() if p.requires_grad)
     own = [f"{pattern} {group['lr']:g}" for pattern, group in node["param_groups"].items() if "lr" in group]
-    rate = f"{node['optimizer']['lr']:g}" + (f" ({', '.join(own)})" if own else "")
+    rate = f"{node['optimizer']['lr']:g}" + (f" (but {', '.join(own)})" if own else "")
     print(
         f"{stage}: {count / 1e6:.1f} M parameters, {data.num_train} training and {data.num_val} validation pictures, "
         f"{node['max_steps']} steps of {node['batch_size']} images "

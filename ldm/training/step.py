@@ -110,7 +110,17 @@ class Player:
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Of a player with the same parameters; groups, settings and memory layout remain those of this one."""
+        """Of a player with the same parameters; groups, settings and memory layout remain those of this one.
+
+        Raises LdmError if it had another number of them.
+        """
+        count = sum(len(group["params"]) for group in state["param_groups"])
+        if count != len(self.parameters):
+            raise LdmError(
+                "CKPT-CONTENT",
+                f"the optimizer was saved with {count} parameters, and {len(self.parameters)} are trained now",
+                next="train the same ones, or begin a run of its own: name=NAME init_from=RUN",
+            )
         own, places = self.optimizer.state_dict(), self._places()
         parameters = list(self.parameters.values())
         own["state"] = {

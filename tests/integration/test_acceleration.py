@@ -4,14 +4,23 @@ import os
 import shutil
 
 import pytest
+import torch
+from torch import nn
 
 from ldm.checkpoints.store import Store
 from ldm.errors import LdmError
+from ldm.training.acceleration import accelerate
 from ldm.training.fit import train
 from tests.integration.tiny import GAN, compare_runs, config, metrics
 
 STAGES = ("autoencoder", "diffusion")
-MORE = [*GAN, "stage.autoencoder.objective.adversarial.start_step=1"]  # whose adaptive weight looks inside the decoder
+MORE = [
+    *GAN,  # whose adaptive weight looks inside the decoder
+    "stage.autoencoder.objective.adversarial.start_step=1",
+]
+
+
+DROPOUT = "model.network.dropout=0.1"  # whose draws go by the place in memory: with channels last they are others
 
 
 def lived(shards, runs, *more):
@@ -19,9 +28,9 @@ def lived(shards, runs, *more):
     return runs / "tiny"
 
 
-def check(shards, tmp_path, word, tolerance):
+def check(shards, tmp_path, word, *more, tolerance=1e-3):
     """Equal to a plain run but for rounding, and bit-equal to a run whose second half was lost and made again."""
-    plain, other = lived(shards, tmp_path / "plain"), lived(shards, tmp_path / "other", word)
+    plain, other = lived(shards, tmp_path / "plain", *more), lived(shards, tmp_path / "other", word, *more)
     for stage in STAGES:
         for a, b in zip(metrics(plain, stage), metrics(other, stage), strict=True):
             logged = [{k: v for k, v in row.items() if k.startswith(("train/", "val/"))} for row in (a, b)]
@@ -29,14 +38,27 @@ def check(shards, tmp_path, word, tolerance):
     shutil.copytree(tmp_path / "other", tmp_path / "again")
     for stage in STAGES:
         shutil.rmtree(Store(tmp_path / "again" / "tiny" / stage / "ckpt").path(4))
-    again = lived(shards, tmp_path / "again", word)
+    again = lived(shards, tmp_path / "again", word, *more)
     for stage in STAGES:
         assert compare_runs(other, again, stage) == []
     return other
 
 
+def test_what_is_prepared():
+    network = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Conv3d(2, 2, 2), nn.Linear(2, 2))
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    accelerate([network], {"channels_last": True, "compile": True})
+    assert network[0].weight.is_contiguous(memory_format=torch.channels_last) and not network[0].weight.is_contiguous()
+    assert network._compiled_call_impl is not None
+    after = network.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    plain = nn.Conv2d(2, 3, 3)
+    accelerate([plain], {"channels_last": False, "compile": False})
+    assert plain.weight.is_contiguous() and plain._compiled_call_impl is None
+
+
 def test_channels_last(shards, tmp_path):
-    run = check(shards, tmp_path, "trainer.channels_last=true", 1e-3)
+    run = check(shards, tmp_path, "trainer.channels_last=true")
     assert Store(run / "diffusion" / "ckpt").newest().document("state")["environment"]["channels_last"] is True
 
 
@@ -44,7 +66,7 @@ def test_channels_last(shards, tmp_path):
 def test_compiled(shards, tmp_path):
     if shutil.which(os.environ.get("CXX", "g++")) is None:
         pytest.skip("no C++ compiler")
-    check(shards, tmp_path, "trainer.compile=true", 1e-3)
+    check(shards, tmp_path, "trainer.compile=true", DROPOUT)
 
 
 def test_a_missing_compiler_is_said_before_anything_is_made(shards, tmp_path, monkeypatch):

@@ -55,7 +55,7 @@ def test_a_full_disk_is_survived_so_often_and_then_ends_the_run(shards, tmp_path
 
 
 def test_too_little_space_or_time_is_said_after_the_first_step(shards, tmp_path, monkeypatch, caplog):
-    words = ("stages=[autoencoder]", "checkpoint.grace_s=0")
+    words = ("stages=[autoencoder]", "checkpoint.grace_s=0", BEHIND)
     train(config(shards, tmp_path / "a", *words, steps=2))
     assert caplog.text.count("a checkpoint of") == 1 and "checkpoint.grace_s=0" in caplog.text
     caplog.clear()

@@ -12,17 +12,13 @@ from ldm.config import compose
 from ldm.training.fit import train
 from tests.checkpoints.golden import FOLDER, make_data, pictures, words
 
-FORMATS = sorted(folder.name for folder in FOLDER.iterdir())
-
-
-def test_every_format_has_one():
-    assert [f"schema-{version}" for version in range(1, SCHEMA_VERSION + 1)] == FORMATS
+FORMATS = [f"schema-{version}" for version in range(1, SCHEMA_VERSION + 1)]
 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_it_draws_what_it_drew(name):
     expected = json.loads((FOLDER / name / "pictures.json").read_text())
-    torch.testing.assert_close(pictures(FOLDER / name).flatten(), torch.tensor(expected), atol=2e-3, rtol=0)
+    torch.testing.assert_close(pictures(FOLDER / name).flatten(), torch.tensor(expected), atol=3e-4, rtol=0)
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -40,6 +36,9 @@ def test_the_same_command_continues_it(name, tmp_path, capfd):
         assert store.steps() == [4, 8] and store.load(8).document("state")["updates"] == 8
         before, after = (store.load(step) for step in (4, 8))
         assert before.manifest["files"].keys() == after.manifest["files"].keys()
+        for optimizer in ("optim", "optim_discriminator")[: 1 + (stage == "autoencoder")]:
+            steps = {int(each["step"]) for each in after.tree(optimizer)["state"].values()}
+            assert steps == ({8} if optimizer == "optim" else {7})  # 4, had it begun anew; a discriminator starts at 1
         for file in ("model", "ema"):
             left, right = before.tensors(file), after.tensors(file)
             assert left.keys() == right.keys() and any(not torch.equal(left[key], right[key]) for key in left)

@@ -78,11 +78,16 @@ def in_double(folder, data, stage, *more, ranks, steps):
         options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "cwd": ROOT}
         command = [sys.executable, str(script), json.dumps(words)]
         running.append(subprocess.Popen(command, env={**os.environ, **place}, **options))
-    said = [process.communicate(timeout=250)[0] for process in running]
+    try:
+        said = [process.communicate(timeout=250)[0] for process in running]
+    finally:
+        for process in running:
+            process.kill()
     assert not any(process.returncode for process in running), said
     return said[0]
 
 
+@pytest.mark.timeout(900)
 def test_weights_in_float64_equal_to_rounding(shards, tmp_path):
     """AdamW, both stages, a discriminator: one process, three ranks that do not fit the four lanes, and two ranks, one,
     and two again, a third of the way each. What differs is the order of summation alone.

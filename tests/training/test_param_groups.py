@@ -7,6 +7,7 @@ from torch import nn
 from ldm.config import compose
 from ldm.errors import LdmError
 from ldm.training.assemble import check_parts
+from ldm.training.fingerprint import settings_of
 from ldm.training.step import Player, grouped
 from tests.integration.tiny import MODEL
 
@@ -88,6 +89,22 @@ def test_groups_may_change_between_two_lives():
     assert saved.state()["state"].keys() == undisturbed.state()["state"].keys() == set(range(6))
 
 
+def test_a_state_of_other_parameters_is_refused():
+    saved = Player(dict(model().named_parameters()), lambda ps: torch.optim.AdamW(ps, lr=0.1))
+    fewer = Player(dict(model()["denoiser"].named_parameters()), lambda ps: torch.optim.AdamW(ps, lr=0.1))
+    steps(saved, 1, 1)
+    with pytest.raises(LdmError, match=r"CKPT-CONTENT.*saved with 6 parameters, and 2 are trained now"):
+        fewer.load_state(saved.state())
+
+
+def test_the_order_of_patterns_is_a_setting():
+    first = "stage.diffusion.param_groups={*.bias:{lr:1e-5},conditioner:{lr:1e-6}}"
+    second = "stage.diffusion.param_groups={conditioner:{lr:1e-6},*.bias:{lr:1e-5}}"
+    plain, one, other = (settings_of(compose("train", words), "diffusion") for words in ([], [first], [second]))
+    assert {k for k in one if one[k] != other.get(k)} == {"stage.diffusion.param_groups"}
+    assert not any("param_groups" in key for key in plain)  # runs from before go on
+
+
 @pytest.mark.parametrize(
     ("word", "said"),
     [
@@ -97,13 +114,25 @@ def test_groups_may_change_between_two_lives():
         ),
         ("stage.diffusion.param_groups={conditioner:{lrr:1e-5}}", "no setting 'lrr'.*did you mean 'lr'"),
         ("stage.diffusion.param_groups={conditioner:{betas:[2,3]}}", "param_groups.conditioner"),
+        ("stage.diffusion.param_groups={conditioner:{betas:[0.9]}}", "param_groups.conditioner"),
+        ("stage.diffusion.param_groups.denoiser.network.lr=1e-5", r"={denoiser\.network:{...}}"),
         ("stage.autoencoder.param_groups={encodr:{lr:1e-5}}", "stage.autoencoder.param_groups"),
+        ("stage.autoencoder.param_groups={objective.logvar:{lr:1e-5}}", "nothing that is trained"),
     ],
 )
 def test_mistakes_are_found_before_the_first_stage(word, said):
     with pytest.raises(LdmError, match=said) as refused:
         check_parts(compose("train", [*MODEL, word]))
     assert refused.value.exit_code == 2
+
+
+def test_parts_are_those_that_are_trained():
+    decoder = ["stage.autoencoder.train=decoder", "init_from=somewhere", "stages=[autoencoder]"]
+    cfg = compose("train", [*MODEL, *decoder, "stage.autoencoder.param_groups={encoder:{lr:1e-5}}"])
+    with pytest.raises(LdmError, match=r"stage\.autoencoder\.param_groups; trained: decoder"):
+        check_parts(cfg)
+    words = ["stage.autoencoder.objective.learn_logvar=true", "stage.autoencoder.param_groups={objective:{lr:1e-5}}"]
+    check_parts(compose("train", [*MODEL, *words]))
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,7 @@ class Checkpointing(pl.Callback):
         if outcome is None:
             return
         if trainer.is_global_zero and not self._estimated:
-            self._estimate(module)
+            self._estimate(module, several=trainer.world_size > 1)
         self._report(trainer, outcome.failed_saves)
         if module.step.train_step >= module.settings.max_steps:
             return
@@ -91,8 +91,12 @@ class Checkpointing(pl.Callback):
         with contextlib.suppress(LdmError):
             self.writer.join(self.grace_s if trainer.world_size == 1 else min(5.0, self.grace_s))
 
-    def _estimate(self, module: StageModule) -> None:
-        """After the first step, when the whole state exists: does it fit, and into the time that a stop leaves?"""
+    def _estimate(self, module: StageModule, *, several: bool) -> None:
+        """After the first step, when the whole state exists: does it fit the disk, and the time that a stop leaves?
+
+        Several ranks are ended by their launcher when `grace_s` is over, and a commit beside training is not waited for
+        any longer; of those a stop may find one under way.
+        """
         self._estimated = True
         tensors, _ = split([*map(dict, module.tensors().values()), module.trees()])
         size = sum(tensor.nbytes for tensor in tensors.values())
@@ -101,11 +105,11 @@ class Checkpointing(pl.Callback):
         except SaveFailed as error:
             log.warning("%s; training goes on, and %d failed saves end it", error.line(), self.max_failed_saves + 1)
             return
-        if seconds > self.grace_s:
+        if (several or self.writer.background) and seconds * (1 + self.writer.background) > self.grace_s:
             log.warning(
-                "a checkpoint of %.3g GB takes about %.0f s here, and a stop leaves it checkpoint.grace_s=%g: raise "
+                "a checkpoint of %.3g GB takes about %.0f s here%s, and a stop leaves checkpoint.grace_s=%g: raise "
                 "that, and what your launcher leaves after a signal",
-                *(size / 1e9, seconds, self.grace_s),
+                *(size / 1e9, seconds, ", a stop may need two" if self.writer.background else "", self.grace_s),
             )
 
     def save(self, trainer: pl.Trainer, module: StageModule, *, wait: bool, finished: bool = False) -> None:
