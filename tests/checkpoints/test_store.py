@@ -318,9 +318,7 @@ def test_a_vanished_folder_fails_the_save(ckpt):
 
 def test_space_and_time_are_estimated_at_the_start(ckpt, monkeypatch):
     assert 0 < ckpt.expect(2**20) < 10
-    monkeypatch.setattr(
-        ckpt, "_probe", lambda size: 0.05 + size * 1e-9
-    )  # what takes long once, and what each byte takes
+    monkeypatch.setattr(ckpt, "_probe", lambda size: 0.05 + size * 1e-9)  # once, and for each byte
     assert ckpt.expect(2**33) == pytest.approx(0.05 + 2**33 * 1e-9)
     with pytest.raises(SaveFailed, match=r"need 1200000000.0 GB, have .* GB; free space and rerun"):
         ckpt.expect(10**18)
