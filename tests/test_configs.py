@@ -44,16 +44,26 @@ def test_experiments_say_what_they_are(experiment):
         assert word in text
 
 
-@pytest.mark.parametrize("path", GROUPS, ids=str)
-def test_every_group_file_is_reachable(path):
-    group, name = str(path.parent), path.stem
-    if group in ("optimizer", "lr_schedule"):
-        group = f"{group}@stage.diffusion.{group}"
-    root = "sample" if path.stem == "from_run" else "train"
-    more = [] if root == "sample" else NEEDED
-    if (group, name) == ("perceptual", "features"):
-        more = [*more, "stage.autoencoder.objective.perceptual.run=somewhere"]
-    compose(root, [f"{group}={name}", *more])
+def choices():
+    """Words that choose every file of every group at least once, one of each group at a time: composing takes long."""
+    options: dict[str, list[str]] = {}
+    for path in GROUPS:
+        group = str(path.parent)
+        if group == "experiment" or path.stem == "from_run":  # composed above; sample.py's own
+            continue
+        group = f"{group}@stage.diffusion.{group}" if group in ("optimizer", "lr_schedule") else group
+        options.setdefault(group, []).append(path.stem)
+    for number in range(max(map(len, options.values()))):
+        yield [f"{group}={names[number % len(names)]}" for group, names in options.items()]
+
+
+@pytest.mark.parametrize("words", choices())
+def test_every_group_file_is_reachable(words):
+    compose("train", [*words, *NEEDED, "+stage.autoencoder.objective.perceptual.run=somewhere"])
+
+
+def test_sampling_takes_the_sampler_of_the_run():
+    compose("sample", ["sampler=from_run"])
 
 
 def nodes(tree, path=""):
