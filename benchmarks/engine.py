@@ -153,6 +153,10 @@ class Plain(pl.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
         return self.compute(batch)
 
+    def configure_gradient_clipping(self, optimizer: Any, gradient_clip_val: Any = None, *_: object) -> None:
+        """What Lightning does by itself, but for a fused optimizer in mixed precision, which it refuses."""
+        torch.nn.utils.clip_grad_norm_(self.weights, gradient_clip_val)
+
     def on_train_batch_end(self, *_: object) -> None:
         torch._foreach_lerp_(self.averages, [p.detach() for p in self.weights], 1e-3)
 

@@ -43,5 +43,8 @@ def accelerate(networks: Iterable[nn.Module], node: Mapping[str, Any]) -> None:
         if node["compile"]:
             network.compile(dynamic=False)
     if node["compile"]:
-        torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = ENTRIES
-        torch._inductor.config.fallback_random = True  # dropout as without compiling
+        from torch._dynamo import config as dynamo  # three seconds that nobody else waits for
+        from torch._inductor import config as inductor
+
+        dynamo.recompile_limit = dynamo.accumulated_recompile_limit = ENTRIES
+        inductor.fallback_random = True  # dropout as without compiling

@@ -66,7 +66,7 @@ def test_channels_last(shards, tmp_path):
 def test_compiled(shards, tmp_path):
     if shutil.which(os.environ.get("CXX", "g++")) is None:
         pytest.skip("no C++ compiler")
-    check(shards, tmp_path, "trainer.compile=true", DROPOUT)
+    check(shards, tmp_path, "trainer.compile=true", DROPOUT, "stage.diffusion.accumulate=2")
 
 
 def test_a_missing_compiler_is_said_before_anything_is_made(shards, tmp_path, monkeypatch):

@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 from safetensors.torch import save_file
 
+from ldm.checkpoints.store import Store
 from ldm.data.cache import Cache
 from ldm.errors import LdmError
 from ldm.models.autoencoder.kl import AutoencoderKL
 from ldm.models.conditioner.open_clip import OpenClipText
 from ldm.tools.cache import Options, cache, main
 from ldm.training.fit import train
-from tests.integration.tiny import ROOT, command, config, metrics, overrides
+from tests.integration.tiny import ROOT, command, compare_runs, config, metrics, overrides
 from tests.precompute.test_cache import TOWER, content
 
 
@@ -46,6 +47,18 @@ def test_training_with_a_cache_equals_training_without(finished, cached, shards,
     monkeypatch.setattr(AutoencoderKL, "moments", None)
     train(config(shards, run_of(finished, tmp_path), f"data.cache={cached}"))
     np.testing.assert_allclose(losses(tmp_path / "tiny"), losses(finished), rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_run_on_a_cache_is_resumed_to_the_bit(finished, cached, shards, tmp_path):
+    """Mirrored by chance, with workers; the second half of it is lost and made again."""
+    words = [f"data.cache={cached}", "data.flip_prob=0.5", "stages=[diffusion]", "loader.num_workers=1"]
+    whole, again = run_of(finished, tmp_path / "whole"), tmp_path / "again"
+    train(config(shards, whole, *words, steps=8))
+    shutil.copytree(whole, again)
+    shutil.rmtree(Store(again / "tiny" / "diffusion" / "ckpt").path(8))
+    train(config(shards, again, *words, steps=8))
+    assert compare_runs(whole / "tiny", again / "tiny", "diffusion") == []
 
 
 @pytest.mark.slow
