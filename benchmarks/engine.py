@@ -153,7 +153,7 @@ class Plain(pl.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
         return self.compute(batch)
 
-    def configure_gradient_clipping(self, optimizer: Any, gradient_clip_val: Any = None, *_: object) -> None:
+    def configure_gradient_clipping(self, optimizer: Any, gradient_clip_val: Any = None, **_: object) -> None:
         """What Lightning does by itself, but for a fused optimizer in mixed precision, which it refuses."""
         torch.nn.utils.clip_grad_norm_(self.weights, gradient_clip_val)
 
@@ -234,9 +234,8 @@ def main(arguments: Sequence[str]) -> None:
           f"precision {options['precision']}; {options['rounds']} rounds of {options['steps']} steps")  # fmt: skip
     print(f"{'':<16}{'ms/step':>10}{'over the bare loop':>36}{'over Lightning bare':>36}")
     for arm in ARMS:
-        cells = [f"{arm:<16}{statistics.median(found[arm]):10.1f}"]
-        cells += [_over(found[arm], found[other]) if arm != other else "-" for other in ARMS[:2]]
-        print("".join(f"{cell:>36}" for cell in cells).rstrip())
+        cells = [_over(found[arm], found[other]) if arm != other else "-" for other in ARMS[:2]]
+        print(f"{arm:<16}{statistics.median(found[arm]):10.1f}" + "".join(f"{cell:>36}" for cell in cells))
 
 
 def _over(arm: Sequence[float], other: Sequence[float]) -> str:
