@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import logging
+import math
 import os
 import shutil
 import signal
@@ -31,6 +33,8 @@ log = logging.getLogger(__name__)
 # Forked workers share the index and the moments, and start at once. They are single-threaded and never touch CUDA.
 START_METHOD = "fork" if sys.platform == "linux" else "spawn"
 _PR_SET_PDEATHSIG = 1
+LITTLE_MB = 8
+MORE_SHARED = "lower loader.num_workers, or give the container more (docker run --shm-size)"
 PREFETCH = 2
 """Batches that each worker keeps ready."""
 _GRACE_S = 30  # for a worker after SIGTERM: the trainer finishes its step and saves, and needs batches until then
@@ -80,16 +84,17 @@ class Stream:
         self._end_workers()
 
     def _batches(self) -> Iterator[Any]:
-        items = iter(self.loader)
         self._position = self.source.start
-        if self.loader.num_workers:
-            self._translate_child_signals()
         try:
+            items = iter(self.loader)
+            if self.loader.num_workers:
+                self._translate_child_signals()
             for item in items:
                 yield item
                 self._position += 1
-        except RuntimeError as error:
-            if "exited unexpectedly" not in str(error) and "timed out" not in str(error):
+        except (RuntimeError, OSError) as error:
+            full = isinstance(error, OSError) and error.errno == errno.ENOSPC and self.loader.num_workers
+            if not full and "exited unexpectedly" not in str(error) and "timed out" not in str(error):
                 raise
             raise self._lost(error) from error
 
@@ -120,12 +125,14 @@ class Stream:
         on_child.torchs = torchs  # type: ignore[attr-defined]
         signal.signal(signal.SIGCHLD, on_child)
 
-    def _lost(self, error: RuntimeError) -> LdmError:
+    def _lost(self, error: Exception) -> LdmError:
         dataset, ids = self.source.dataset, self.source.plan.ids(self._position).tolist()
         shards = ", ".join(sorted({dataset.shard_name(i) for i in ids})[:4])
         workers = [process.pid for process in getattr(self.loader._iterator, "_workers", [])]
         slow = "timed out" in str(error)
         cause = "slow disk, or loader.timeout_s too low" if slow else "likely out of memory: lower loader.num_workers"
+        if _shared_mb() < LITTLE_MB:  # then a worker dies, or its batch is lost on the way
+            cause = f"no shared memory is left: {MORE_SHARED}"
         return LdmError(
             "LOADER",
             str(error).splitlines()[0],
@@ -138,14 +145,18 @@ class Stream:
 
 def _memory_in_words(workers: list[int]) -> str:
     """What a person needs to tell whether memory ran out: what is used here, and what is free."""
-    free = shutil.disk_usage("/dev/shm").free >> 20 if os.path.isdir("/dev/shm") else 0
-    said = [f"{free} MB of shared memory free"]
+    said = [f"{_shared_mb()} MB of shared memory free"] if os.path.isdir("/dev/shm") else []
     with suppress(OSError, KeyError):  # Linux only
         table = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
         said.append(f"{int(table['MemAvailable'].split()[0]) >> 10} MB of memory")
         said.append(f"{_resident_mb(os.getpid())} MB used by the trainer")
         said.append(f"up to {max(map(_resident_mb, workers), default=0)} MB by each worker that is left")
     return ", ".join(said)
+
+
+def _shared_mb() -> float:
+    """Free; without end where there is no such place."""
+    return shutil.disk_usage("/dev/shm").free >> 20 if os.path.isdir("/dev/shm") else math.inf
 
 
 def _resident_mb(pid: int) -> int:
@@ -157,17 +168,14 @@ def _resident_mb(pid: int) -> int:
 
 
 def warn_of_shared_memory(num_workers: int, batch_bytes: int) -> None:
-    """Says so where the batches that wait in shared memory may not fit: a worker would die of it, without a word."""
+    """Says so where the batches that wait in shared memory may not fit: a worker would die of it, or lose one."""
     if not os.path.isdir("/dev/shm"):
         return
     needed, free = num_workers * PREFETCH * batch_bytes, shutil.disk_usage("/dev/shm").free
     if needed > free:
         log.warning(
-            "%d workers keep up to %d MB of pictures in shared memory, and %d MB are free: lower loader.num_workers, "
-            "or give the container more (docker run --shm-size)",
-            num_workers,
-            needed >> 20,
-            free >> 20,
+            "%d workers keep up to %d MB of pictures in shared memory, and %d MB are free: %s",
+            *(num_workers, needed >> 20, free >> 20, MORE_SHARED),
         )
 
 

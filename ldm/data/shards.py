@@ -191,7 +191,8 @@ class Handles:
             self._open[path] = self._opener(path)
             if self._opener is not io.FileIO:  # a shard that its cache gave up keeps its room on the disk until closed
                 for gone in [p for p, file in self._open.items() if not os.fstat(file.fileno()).st_nlink]:
-                    self._open.pop(gone).close()
+                    if gone != path:  # another process may have given up this one just now
+                        self._open.pop(gone).close()
             if len(self._open) > self._limit:
                 self._open.popitem(last=False)[1].close()
         self._open.move_to_end(path)

@@ -2,6 +2,7 @@
 
 import http.server
 import inspect
+import io
 import itertools
 import json
 import os
@@ -1008,6 +1009,21 @@ def test_a_set_larger_than_the_cache_is_streamed(server, remote, tmp_path, capsy
     assert sum(held) <= far.cache_bytes
     fetched = [path for path, said in server.gets() if said.startswith("bytes=0-")]
     assert len(fetched) > 40
+
+
+def test_a_shard_that_another_process_gives_up_while_it_is_opened_is_read(tmp_path):
+    from ldm.data.shards import Handles
+
+    def opened(path):
+        file = io.FileIO(path)
+        path.unlink()
+        return file
+
+    handles = Handles(opened)
+    for name in ("a", "b"):
+        (tmp_path / name).write_text(name)
+        assert os.pread(handles.get(tmp_path / name), 1, 0) == name.encode()
+    assert list(handles._open) == [tmp_path / "b"]  # the first has no room on the disk any more
 
 
 def test_a_shard_that_cannot_be_fetched_again_is_bad_samples(server, remote, tmp_path):

@@ -21,6 +21,7 @@ from ldm.training.autoencoder_module import AutoencoderModule
 from ldm.training.callbacks.samples import Samples
 from ldm.training.fit import train
 from ldm.training.launch import free_port
+from tests.checkpoints.test_disk import needs_mount
 from tests.integration.tiny import (
     ROOT,
     children,
@@ -268,6 +269,20 @@ def test_a_killed_loader_worker_and_a_killed_launcher(shards, tmp_path):
         assert time.monotonic() < deadline, "orphans"
         time.sleep(0.05)
     process.communicate(timeout=10)
+
+
+@needs_mount
+@pytest.mark.slow
+@pytest.mark.parametrize("size", ["4k", "64k"])
+def test_without_shared_memory_the_cause_is_named(shards, tmp_path, size):
+    """The worker cannot start, or its batch is lost on the way and it lives on."""
+    run = words(shards, tmp_path, "loader.num_workers=1", "loader.timeout_s=4", f"stage.{STAGE}.batch_size=60")
+    mounted = f'mount -t tmpfs -o size={size} none /dev/shm && exec "$0" "$@"'
+    command = ["unshare", "-m", "sh", "-c", mounted, sys.executable, str(ROOT / "train.py"), *run]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 75, ended.stderr
+    assert "1 workers keep up to 0 MB of pictures in shared memory" in ended.stderr
+    assert "no shared memory is left: lower loader.num_workers" in ended.stderr.splitlines()[-1]
 
 
 @pytest.mark.slow
