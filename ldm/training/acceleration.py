@@ -31,7 +31,8 @@ def check_compiler(node: Mapping[str, Any]) -> None:
 
 
 def accelerate(networks: Iterable[nn.Module], node: Mapping[str, Any]) -> None:
-    """Prepares `networks` in place as `trainer` says; names of parameters, draws, and results to rounding stay.
+    """Prepares `networks` in place as `trainer` says; names of parameters and results to rounding stay as they are, but
+    dropout inside a network takes other draws, which are as repeatable.
 
     Each shape is compiled by itself. A kernel for all shapes would depend on which came first, and that is another one
     after a resume.
@@ -43,8 +44,6 @@ def accelerate(networks: Iterable[nn.Module], node: Mapping[str, Any]) -> None:
         if node["compile"]:
             network.compile(dynamic=False)
     if node["compile"]:
-        from torch._dynamo import config as dynamo  # three seconds that nobody else waits for
-        from torch._inductor import config as inductor
+        from torch._dynamo import config as dynamo  # seconds that nobody else waits for
 
         dynamo.recompile_limit = dynamo.accumulated_recompile_limit = ENTRIES
-        inductor.fallback_random = True  # dropout as without compiling
