@@ -44,6 +44,6 @@ def accelerate(networks: Iterable[nn.Module], node: Mapping[str, Any]) -> None:
         if node["compile"]:
             network.compile(dynamic=False)
     if node["compile"]:
-        from torch._dynamo import config as dynamo  # seconds that nobody else waits for
+        from torch._dynamo import config as dynamo  # seconds, which a refused command need not wait for
 
         dynamo.recompile_limit = dynamo.accumulated_recompile_limit = ENTRIES

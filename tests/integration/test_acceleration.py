@@ -18,8 +18,6 @@ MORE = [
     *GAN,  # whose adaptive weight looks inside the decoder
     "stage.autoencoder.objective.adversarial.start_step=1",
 ]
-
-
 DROPOUT = "model.network.dropout=0.1"
 
 
